@@ -1,0 +1,37 @@
+# make demo: set up and run the main job.  make test: set up and pass the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint docs clean
+
+demo: $(VENV)/core.stamp
+	$(BIN)/epsim compare scenarios/orin-2x-olmoe.yaml \
+		--axis placement.policy=contiguous,modality_bins \
+		--axis transmission.mode=sync,async \
+		--axis transmission.dedup=none,device
+	$(BIN)/epsim simulate scenarios/orin-2x-olmoe.yaml --out out/demo
+
+test: $(VENV)/dev.stamp lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The last line of each set-up compiles the numba kernels into the cache, once.
+$(VENV)/core.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epsim needs Python 3.11 or newer; run: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	$(BIN)/python -m epsim.warm_up
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/core.stamp
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

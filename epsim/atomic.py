@@ -1,0 +1,37 @@
+"""Files that are written whole or not at all: `whole_file`, and `write_errors` for what can go wrong."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from epsim.errors import OutputError
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it becomes `path` when the block ends well, else it goes away.
+
+    Raises OutputError, before the block, if nothing can be written there.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    if target.is_dir():
+        raise OutputError(f"{target}: it is a directory; name a file to write")
+    with write_errors(target):
+        part.touch()
+    try:
+        yield part
+        with write_errors(target):
+            part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a OutputError that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
