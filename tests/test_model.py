@@ -1,0 +1,286 @@
+"""Model cards: presets against published parameter counts, hand-worked bytes and FLOPs, and bad specs."""
+
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from epsim.errors import ScenarioError
+from epsim.model import GroupedQueryAttention, LatentAttention, ModelCard, Moe
+from epsim.scenario.model import ModelSpec
+
+PRESETS = ("olmoe", "deepseekmoe", "moonlight", "qwen3-moe", "mixtral", "dense-7b", "dense-34b")
+
+
+def load_values(preset: str) -> dict[str, Any]:
+    text = (files("epsim") / f"presets/models/{preset}.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
+
+
+def load_card(preset: str) -> ModelCard:
+    return ModelCard.from_mapping(ModelSpec.model_validate(load_values(preset)).model_dump())
+
+
+@pytest.fixture(scope="module")
+def cards() -> dict[str, ModelCard]:
+    return {preset: load_card(preset) for preset in PRESETS}
+
+
+# Total: elements of the safetensors on the Hugging Face hub.
+# Active: Qwen3 model card "3.3B activated" (3,353,032,704 counted from its config); DeepSeekMoE report 2.8B
+# (2,828,650,496 counted); OLMoE "1B active" (1.3B in its report); Mixtral announcement 12.9B.
+PUBLISHED_PARAMS = {
+    "olmoe": (6_919_161_856, 1.3e9),
+    "deepseekmoe": (16_375_728_128, 2_828_650_496),
+    "moonlight": (15_960_111_936, None),
+    "qwen3-moe": (30_532_122_624, 3_353_032_704),
+    "mixtral": (46_702_792_704, 12.9e9),
+    "dense-7b": (6_738_415_616, 6_738_415_616),
+    "dense-34b": (34_388_917_248, 34_388_917_248),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_params_match_the_published_checkpoint(cards: dict[str, ModelCard], preset: str) -> None:
+    card = cards[preset]
+    total, active = PUBLISHED_PARAMS[preset]
+    # What a card leaves out (norms, the correction bias) is at most 1e-4 of the model.
+    assert 0 < total - card.num_params < 1e-4 * total
+    if active is not None:
+        assert card.num_active_params == pytest.approx(active, rel=0.03)
+
+
+def test_olmoe_lacks_exactly_its_norms(cards: dict[str, ModelCard]) -> None:
+    # 16 layers * (2 layer norms + q norm + k norm) * 2048 + final norm 2048 = 133,120.
+    assert 6_919_161_856 - cards["olmoe"].num_params == 16 * 4 * 2048 + 2048
+
+
+def test_moonlight_matches_its_model_card_without_embeddings(cards: dict[str, ModelCard]) -> None:
+    # Moonlight's README: 15.29B total, 2.24B activated, both without the embedding parameters.
+    card = cards["moonlight"]
+    embeddings = 2 * 163_840 * 2048
+    assert card.num_params - embeddings == pytest.approx(15.29e9, rel=1e-3)
+    assert card.num_active_params - embeddings == pytest.approx(2.24e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "kv_bytes"),
+    [
+        ("olmoe", 8192),  # MHA: key and value * 16 heads * 128 * 2 bytes
+        ("dense-7b", 16_384),  # MHA: 2 * 32 * 128 * 2
+        ("qwen3-moe", 2048),  # GQA: 2 * 4 * 128 * 2
+        ("mixtral", 4096),  # GQA: 2 * 8 * 128 * 2
+        ("moonlight", 1152),  # MLA: (512 latent + 64 rotary) * 2
+    ],
+)
+def test_kv_bytes_per_token_and_layer(cards: dict[str, ModelCard], preset: str, kv_bytes: float) -> None:
+    assert cards[preset].kv_bytes_per_token == kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("preset", "layer_ids"),
+    [
+        ("olmoe", tuple(range(16))),
+        ("deepseekmoe", tuple(range(1, 28))),  # first_k_dense_replace 1
+        ("moonlight", tuple(range(1, 27))),
+        ("dense-7b", ()),
+    ],
+)
+def test_moe_layer_ids_are_the_real_ones(
+    cards: dict[str, ModelCard], preset: str, layer_ids: tuple[int, ...]
+) -> None:
+    assert cards[preset].moe_layer_ids == layer_ids
+    assert cards[preset].num_dense_layers + len(layer_ids) == cards[preset].num_layers
+
+
+def test_deepseekmoe_ffn_by_hand(cards: dict[str, ModelCard]) -> None:
+    card = cards["deepseekmoe"]
+    assert card.expert_bytes == 3 * 2048 * 1408 * 2 == 17_301_504
+    assert card.expert_flops_per_token == 2 * 3 * 2048 * 1408
+    # Two shared experts as wide as a routed one.
+    assert card.shared_expert_bytes == 2 * 17_301_504
+    assert card.shared_expert_flops_per_token == 2 * card.expert_flops_per_token
+    assert card.dense_ffn_bytes == 3 * 2048 * 10_944 * 2
+    assert card.router_bytes == 64 * 2048 * 2
+    assert card.lm_head_bytes == card.embedding_bytes == 102_400 * 2048 * 2
+    assert card.hidden_bytes_per_token == 4096
+
+
+def test_attention_by_hand(cards: dict[str, ModelCard]) -> None:
+    # Qwen3: q and output 2048 x 4096 each, k and v 2048 x 512 each.
+    assert cards["qwen3-moe"].attention_bytes == (2 * 2048 * 4096 + 2 * 2048 * 512) * 2
+    # 32 heads * (128 + 128) * 2 FLOPs.
+    assert cards["qwen3-moe"].attention_flops_per_pair == 16_384
+    # Moonlight: q 2048 x 16*192, kv down 2048 x 576, kv up 512 x 16*256, output 16*128 x 2048.
+    weights = 2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048
+    assert cards["moonlight"].attention_projection_flops_per_token == 2 * weights
+    assert cards["moonlight"].attention_flops_per_pair == 2 * 16 * (192 + 128)
+    assert cards["moonlight"].decode_attention_flops_per_pair == 2 * 16 * (576 + 512)
+
+
+def test_query_rank_splits_the_projection() -> None:
+    shapes = {
+        "num_heads": 2,
+        "kv_lora_rank": 4,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 1,
+        "v_head_dim": 3,
+    }
+    direct, ranked = LatentAttention(**shapes), LatentAttention(**shapes, q_lora_rank=5)
+    # Query 10 x 8 in one step; 10 x 5 and 5 x 8 in two.
+    assert ranked.num_params(10) - direct.num_params(10) == (50 + 40) - 80
+
+
+def test_dense_model_has_no_experts(cards: dict[str, ModelCard]) -> None:
+    card = cards["dense-34b"]
+    assert (card.num_experts, card.topk, card.expert_bytes, card.router_bytes) == (0, 0, 0, 0)
+    assert card.dense_ffn_flops_per_token == 2 * 3 * 7168 * 20_480
+    assert card.num_params == card.num_active_params
+
+
+def test_clip_encoder_against_open_clip(cards: dict[str, ModelCard]) -> None:
+    # open_clip's docs/model_profile.csv, ViT-L-14-336: image tower 304.29 M parameters, 381.92 GFLOPs.
+    vision = cards["olmoe"].vision
+    assert vision is not None
+    assert vision.tokens_per_image == 576
+    assert vision.encoder_num_params == pytest.approx(304.29e6, rel=0.005)  # biases and norms are left out
+    assert vision.encoder_flops_per_image == pytest.approx(381.92e9, rel=1e-4)
+    # Projector: 576 tokens through 1024 x 2048 and 2048 x 2048.
+    assert vision.flops_per_image - vision.encoder_flops_per_image == 2 * 576 * (1024 + 2048) * 2048
+
+
+def test_internvit_tile_is_256_tokens(cards: dict[str, ModelCard]) -> None:
+    vision = cards["mixtral"].vision
+    assert vision is not None
+    assert vision.tokens_per_image == 256  # (448 / 14 / 2)^2
+    # The shuffle makes tokens of 4 * 1024; projector 4096 x 4096 twice.
+    assert vision.num_params - vision.encoder_num_params == 2 * 4096 * 4096
+    assert vision.encoder_num_params == pytest.approx(304e6, rel=0.005)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dtypes_scale_bytes_and_nothing_else(cards: dict[str, ModelCard], preset: str) -> None:
+    card = cards[preset]
+    fp8 = ModelCard.from_mapping(
+        ModelSpec.model_validate({**load_values(preset), "weight_dtype_bytes": 1}).model_dump()
+    )
+    for name in ("expert_bytes", "shared_expert_bytes", "attention_bytes", "router_bytes", "lm_head_bytes"):
+        assert getattr(fp8, name) == getattr(card, name) / 2
+    assert fp8.vision is not None
+    assert card.vision is not None
+    assert fp8.vision.weight_bytes == card.vision.weight_bytes / 2
+    assert fp8.kv_bytes_per_token == card.kv_bytes_per_token
+    assert fp8.num_params == card.num_params
+    assert replace(card, kv_dtype_bytes=1.0).kv_bytes_per_token == card.kv_bytes_per_token / 2
+
+
+def test_tied_embeddings_count_once(cards: dict[str, ModelCard]) -> None:
+    card = cards["olmoe"]
+    tied = replace(card, tie_embeddings=True)
+    assert tied.embedding_bytes == 0
+    assert tied.lm_head_bytes == card.lm_head_bytes
+    assert card.num_params - tied.num_params == 50_304 * 2048
+
+
+GQA = {"kind": "gqa", "num_heads": 32, "num_kv_heads": 4, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": {**GQA, "num_kv_heads": 5}}, "num_heads 32 is not a multiple of num_kv_heads 5"),
+        ({"attention": {**GQA, "kind": "mqa"}}, "kind"),
+        ({"attention": {**GQA, "kv_lora_rank": 512}}, "attention.gqa.kv_lora_rank"),
+        ({"moe": {"num_experts": 4, "topk": 5, "expert_ffn_size": 8}}, "topk 5 is more than num_experts 4"),
+        (
+            {"moe": {"num_experts": 4, "topk": 2, "expert_ffn_size": 8, "shared_expert_ffn_size": 8}},
+            "shared_expert_ffn_size 8 without shared experts",
+        ),
+        (
+            {"moe": {"num_experts": 4, "topk": 2, "expert_ffn_size": 8, "num_dense_layers": 48}},
+            "num_dense_layers 48 leaves no MoE layer of 48",
+        ),
+        (
+            {"moe": {"num_experts": 4, "topk": 2, "expert_ffn_size": 8, "num_dense_layers": 1}},
+            "dense_ffn_size is missing, but 1 layers are dense",
+        ),
+        ({"moe": None}, "dense_ffn_size is missing, but 48 layers are dense"),
+        ({"dense_ffn_size": 6144}, "dense_ffn_size 6144, but no layer is dense"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": "2048"}, "hidden_size"),
+        ({"weight_dtype_bytes": 0}, "weight_dtype_bytes"),
+        ({"num_hidden_layers": 48}, "num_hidden_layers"),
+    ],
+)
+def test_bad_specs_say_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        ModelSpec.model_validate({**load_values("qwen3-moe"), **change})
+    assert message in str(error.value)
+
+
+def test_bad_vision_spec_says_what_is_wrong() -> None:
+    values = load_values("mixtral")
+    values["vision"]["image_size"] = 450
+    with pytest.raises(ValidationError, match="image_size 450 is not a multiple of patch_size 14"):
+        ModelSpec.model_validate(values)
+
+
+def test_card_refuses_contradictions(cards: dict[str, ModelCard]) -> None:
+    card = cards["deepseekmoe"]
+    with pytest.raises(ScenarioError, match=r"model\.dense_ffn_size: None with 1 dense layers"):
+        replace(card, dense_ffn_size=None)
+    with pytest.raises(ScenarioError, match=r"model\.vision\.output_size: 2048 .* write 4096"):
+        replace(card, hidden_size=4096)
+    with pytest.raises(ScenarioError, match=r"model\.num_layers: 0 is not positive"):
+        replace(card, num_layers=0)
+    with pytest.raises(ScenarioError, match=r"num_dense_layers: 1 leaves no MoE layer of 1"):
+        replace(card, num_layers=1)
+    with pytest.raises(ScenarioError, match=r"model\.moe\.topk: 3 is more than num_experts 2"):
+        Moe(num_experts=2, topk=3, expert_ffn_size=8)
+    with pytest.raises(ScenarioError, match=r"num_kv_heads: 3 does not divide num_heads 4"):
+        GroupedQueryAttention(num_heads=4, num_kv_heads=3, head_dim=8)
+
+
+def test_mapping_with_unknown_attention(cards: dict[str, ModelCard]) -> None:
+    with pytest.raises(ScenarioError, match=r'model\.attention\.kind: "mqa" .* write one of mha, gqa, mla'):
+        ModelCard.from_mapping({**load_values("olmoe"), "attention": {**GQA, "kind": "mqa"}})
+
+
+def test_mapping_needs_no_spec(cards: dict[str, ModelCard]) -> None:
+    assert ModelCard.from_mapping(load_values("moonlight")) == cards["moonlight"]
+
+
+def table_row(preset: str, card: ModelCard) -> str:
+    vision = card.vision
+    assert vision is not None
+    cells = (
+        f"`{preset}`",
+        str(card.num_layers),
+        str(len(card.moe_layer_ids)),
+        f"{card.num_experts} / {card.topk}" if card.moe else "–",
+        f"{card.num_params / 1e9:.2f} / {card.num_active_params / 1e9:.2f}",
+        f"{card.expert_bytes / 1e6:.1f}" if card.moe else "–",
+        f"{card.attention.kind.upper()}",
+        f"{card.kv_bytes_per_token:.0f}",
+        str(vision.tokens_per_image),
+        f"{vision.flops_per_image / 1e9:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_docs_table_comes_from_the_code(cards: dict[str, ModelCard], preset: str) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert table_row(preset, cards[preset]) in docs
+
+
+def test_docs_example_card_is_valid() -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    example = docs.split("```yaml\n")[1].split("```")[0]
+    card = ModelCard.from_mapping(ModelSpec.model_validate(yaml.safe_load(example)).model_dump())
+    assert card.moe_layer_ids == (1, 2, 3)
