@@ -1,0 +1,84 @@
+"""Routes over the graph of a cluster: `shortest_routes`, which shares out equal-cost paths."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import networkx as nx
+
+from epsim.errors import ClusterError
+
+_Path = tuple[int, ...]  # numbers of links in the lexicographic order of their names
+_Side = tuple[str, str]  # (vertex, "out" or "in" for the two halves of a device, "" for nics and switches)
+
+
+def _link_order(graph: nx.MultiDiGraph) -> list[tuple[str, str, int]]:
+    """Return (source, target, link index) of all edges, ordered by source, target and link name."""
+    edges = sorted((source, target, edge["name"], edge["link"]) for source, target, edge in graph.edges.data())
+    return [(source, target, link) for source, target, _, link in edges]
+
+
+def _halved(order: Sequence[tuple[str, str, int]], devices: set[str]) -> nx.DiGraph:
+    """Return the graph with each device cut into an `out` and an `in` half, so that no path goes through it.
+
+    Edges have the attribute `numbers`: the positions in `order` of the links that join the two vertices.
+    """
+    numbers: defaultdict[tuple[_Side, _Side], list[int]] = defaultdict(list)
+    for number, (source, target, _) in enumerate(order):
+        out_half = (source, "out" if source in devices else "")
+        in_half = (target, "in" if target in devices else "")
+        numbers[out_half, in_half].append(number)
+    halved = nx.DiGraph()
+    halved.add_nodes_from((device, half) for device in devices for half in ("out", "in"))
+    halved.add_edges_from((source, target, {"numbers": found}) for (source, target), found in numbers.items())
+    return halved
+
+
+def _paths_from(halved: nx.DiGraph, source: str, targets: Sequence[str]) -> list[list[_Path]]:
+    """Return, for each target, all shortest paths from source in lexicographic order (none: empty)."""
+    start: _Side = (source, "out")
+    predecessors: dict[_Side, list[_Side]] = nx.predecessor(halved, start)
+    known: dict[_Side, list[_Path]] = {start: [()]}
+
+    def paths_to(vertex: _Side) -> list[_Path]:
+        if vertex not in known:
+            known[vertex] = sorted(
+                (*path, number)
+                for before in predecessors[vertex]
+                for path in paths_to(before)
+                for number in halved.edges[before, vertex]["numbers"]
+            )
+        return known[vertex]
+
+    return [paths_to((target, "in")) if (target, "in") in predecessors else [] for target in targets]
+
+
+def shortest_routes(graph: nx.MultiDiGraph, devices: Sequence[str]) -> list[list[list[int]]]:
+    """Return the link indices of the route of each ordered pair of devices: routes[src][dst].
+
+    A route has the least number of links and passes through nics and switches only: devices do not forward.
+    Where n paths are equally short (equal-cost multipath), they are ordered lexicographically by the names of
+    the vertices and links on them, and the pair (src, dst) takes number (src + dst) % n. A device's route
+    to itself is empty.
+
+    Args:
+        graph: Vertices are names; edges have the attributes `link` (the index to return) and `name`.
+        devices: Names of the R devices in rank order.
+
+    Raises:
+        ClusterError: A pair of devices has no route.
+    """
+    order = _link_order(graph)
+    halved = _halved(order, set(devices))
+    routes: list[list[list[int]]] = []
+    for src, source in enumerate(devices):
+        routes.append([[] for _ in devices])
+        for dst, paths in enumerate(_paths_from(halved, source, devices)):
+            if src == dst:
+                continue
+            if not paths:
+                raise ClusterError(
+                    f'cluster.links: no route from "{source}" to "{devices[dst]}"; devices do not forward: '
+                    "write links that join the two directly or through nics and switches"
+                )
+            routes[src][dst] = [order[number][2] for number in paths[(src + dst) % len(paths)]]
+    return routes

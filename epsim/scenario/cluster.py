@@ -1,0 +1,81 @@
+"""The YAML of a cluster: `ClusterSpec` with device types, devices, nics, switches and links.
+
+Only single fields are checked here; what one field says of another (a link to an unknown vertex) is checked
+where the cluster is built. `model_dump()` gives plain values in SI units.
+"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, StringConstraints
+
+from epsim.scenario.base import FlopRate, Fraction, PositiveInt, Rate, Size, StrictModel, Time
+
+_Name = Annotated[str, StringConstraints(min_length=1)]
+_Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_Each = dict[_Variable, PositiveInt]
+
+
+def _has_bf16(flops: dict[str, float]) -> dict[str, float]:
+    if "bf16" not in flops:
+        raise ValueError(f'{sorted(flops)} lacks bf16; write e.g. "bf16: 312 TFLOP/s"')
+    return flops
+
+
+class StagingSpec(StrictModel):
+    """The copy through host memory that every message takes where the network cannot reach device memory."""
+
+    bandwidth: Rate
+    message_overhead: Time = 0.0
+
+
+class DeviceTypeSpec(StrictModel):
+    """What devices of one type have in common: data-sheet peaks, and the parts of them that are reached."""
+
+    memory: Size
+    memory_bandwidth: Rate
+    flops: Annotated[dict[str, FlopRate], AfterValidator(_has_bf16)]
+    compute_efficiency: Fraction = 1.0
+    memory_efficiency: Fraction = 1.0
+    memory_usable: Fraction = 1.0
+    launch_overhead: Time = 0.0
+    expert_overhead: Time = 0.0
+    staging: StagingSpec | None = None
+
+
+class VertexSpec(StrictModel):
+    """Nics or switches: a name pattern and how often to fill it in."""
+
+    name: _Name
+    each: _Each = Field(default_factory=dict)
+
+
+class DeviceSpec(VertexSpec):
+    """Devices: a name pattern, their type, and the pattern of the node that they are in."""
+
+    type: _Name
+    node: _Name
+
+
+class LinkSpec(StrictModel):
+    """Links between two vertices, in both directions (`duplex`) or only from `from` to `to`."""
+
+    name: _Name | None = None
+    source: _Name = Field(alias="from")
+    target: _Name = Field(alias="to")
+    bandwidth: Rate
+    latency: Time = 0.0
+    message_overhead: Time = 0.0
+    duplex: bool = True
+    each: _Each = Field(default_factory=dict)
+
+
+class ClusterSpec(StrictModel):
+    """A cluster file, or the `cluster` of a scenario written out."""
+
+    name: _Name
+    segment: Size = 65536.0  # 64 KiB
+    device_types: dict[_Name, DeviceTypeSpec] = Field(min_length=1)
+    devices: list[DeviceSpec] = Field(min_length=1)
+    nics: list[VertexSpec] = Field(default_factory=list)
+    switches: list[VertexSpec] = Field(default_factory=list)
+    links: list[LinkSpec] = Field(default_factory=list)
