@@ -1,0 +1,101 @@
+"""`MemoryAccount`: what a deployment puts into the memory of each device, and the check that it fits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim.cluster import Cluster
+from epsim.errors import CapacityError
+from epsim.model import ModelCard
+from epsim.placement import HomePlan, Placement
+from epsim.units import format_size
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAccount:
+    """Bytes per device, float64 [R] each.
+
+    experts_bytes_R: routed expert weights. shared_bytes_R: attention, router, dense and shared layers, embedding, head
+    and vision encoder, on each device that is a home. kv_bytes_R: KV cache at its largest. buffers_bytes_R: vectors
+    on their way in one layer of the prefill, sent and received. usable_bytes_R: what the device offers.
+    """
+
+    device_names: tuple[str, ...]
+    experts_bytes_R: Floats
+    shared_bytes_R: Floats
+    kv_bytes_R: Floats
+    buffers_bytes_R: Floats
+    usable_bytes_R: Floats
+
+    @property
+    def total_bytes_R(self) -> Floats:
+        return self.experts_bytes_R + self.shared_bytes_R + self.kv_bytes_R + self.buffers_bytes_R
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """Return the account by device and item, as plain values."""
+        items = {
+            "experts": self.experts_bytes_R,
+            "other_weights": self.shared_bytes_R,
+            "kv_cache": self.kv_bytes_R,
+            "buffers": self.buffers_bytes_R,
+            "total": self.total_bytes_R,
+            "usable": self.usable_bytes_R,
+        }
+        return {
+            name: {item: float(bytes_R[r]) for item, bytes_R in items.items()}
+            for r, name in enumerate(self.device_names)
+        }
+
+    def check(self, batch_size: int) -> None:
+        """Raise CapacityError, with the numbers of the fullest device, when some device has too little memory."""
+        worst = int(np.argmax(self.total_bytes_R - self.usable_bytes_R))
+        if self.total_bytes_R[worst] <= self.usable_bytes_R[worst]:
+            return
+        parts = {
+            "experts": self.experts_bytes_R,
+            "other weights": self.shared_bytes_R,
+            "KV cache": self.kv_bytes_R,
+            "buffers": self.buffers_bytes_R,
+        }
+        account = " + ".join(f"{name} {format_size(float(part[worst]))}" for name, part in parts.items())
+        raise CapacityError(
+            f"workload: batch {batch_size} does not fit on {self.device_names[worst]}: {account} = "
+            f"{format_size(float(self.total_bytes_R[worst]))} of {format_size(float(self.usable_bytes_R[worst]))} "
+            "usable; use smaller batches, shorter requests, or more devices"
+        )
+
+
+def account_memory(
+    *,
+    model: ModelCard,
+    cluster: Cluster,
+    placement: Placement,
+    homes: HomePlan,
+    kv_tokens_R: npt.NDArray[np.int64],
+    tokens_R: npt.NDArray[np.int64],
+) -> MemoryAccount:
+    """Return the account of a batch.
+
+    kv_tokens_R: the most tokens whose KV cache a device holds at once. tokens_R: home tokens of the prefill; buffers
+    are for the worst case, as engines allocate them: each goes to min(K, R - 1) devices, and all of the others' come.
+    """
+    num_moe_layers = len(model.moe_layer_ids)
+    per_layer = model.attention_bytes * model.num_layers + model.dense_ffn_bytes * model.num_dense_layers
+    per_layer += (model.router_bytes + model.shared_expert_bytes) * num_moe_layers
+    vision_bytes = model.vision.weight_bytes if model.vision else 0
+    shared_bytes = per_layer + model.embedding_bytes + model.lm_head_bytes + vision_bytes
+    copies = min(model.topk, cluster.num_devices - 1)
+    is_home_R = np.isin(np.arange(cluster.num_devices), homes.home_devices)
+    return MemoryAccount(
+        device_names=tuple(device.name for device in cluster.devices),
+        experts_bytes_R=np.full(
+            cluster.num_devices, float(placement.slots_per_device * num_moe_layers * model.expert_bytes)
+        ),
+        shared_bytes_R=np.where(is_home_R, float(shared_bytes), 0.0),
+        kv_bytes_R=kv_tokens_R.astype(np.float64) * float(model.kv_bytes_per_token * model.num_layers),
+        buffers_bytes_R=(tokens_R * copies + tokens_R.sum() - tokens_R) * float(model.hidden_bytes_per_token),
+        usable_bytes_R=np.array([d.memory_bytes * d.memory_usable_frac for d in cluster.devices]),
+    )

@@ -1,0 +1,112 @@
+"""`RooflineCost`: seconds that each part of a step takes on each device, from the model card and the device's spec.
+
+Every part takes launch_overhead + max(FLOPs / effective FLOP rate, bytes / effective memory bandwidth), and nothing
+where it has no work (Williams et al. 2009). Letters: L MoE layers, C chunks, R devices.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim.cluster import Cluster
+from epsim.model import ModelCard
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.number]
+
+COMPUTE_DTYPE = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HomeWork:
+    """What the home tokens of a step ask of each device, int64 [R] each.
+
+    decode: whether this is a decode step (latent attention then works on the compressed cache).
+    tokens_R: tokens that pass through the layers.
+    kv_tokens_R: cached tokens whose keys and values are read in each layer.
+    attention_pairs_R: (query, key) pairs in each layer, causal.
+    images_R: images that the vision encoder sees in this step.
+    outputs_R: tokens for which the language-model head is computed.
+    """
+
+    decode: bool
+    tokens_R: Counts
+    kv_tokens_R: Counts
+    attention_pairs_R: Counts
+    images_R: Counts
+    outputs_R: Counts
+
+
+class RooflineCost:
+    """Times of the parts of a step on the devices of a cluster."""
+
+    def __init__(self, model: ModelCard, cluster: Cluster) -> None:
+        self._model = model
+        devices = cluster.devices
+        self._flops_per_s_R = np.array([d.flops_per_s[COMPUTE_DTYPE] * d.compute_efficiency_frac for d in devices])
+        self._bytes_per_s_R = np.array([d.memory_bytes_per_s * d.memory_efficiency_frac for d in devices])
+        self._launch_s_R = np.array([d.launch_overhead_s for d in devices])
+        self._expert_overhead_s_R = np.array([d.expert_overhead_s for d in devices])
+
+    def _roofline(self, flops_R: Numbers, num_bytes_R: Numbers) -> Floats:
+        busy_s = np.maximum(flops_R / self._flops_per_s_R, num_bytes_R / self._bytes_per_s_R)
+        return np.where(flops_R > 0, self._launch_s_R + busy_s, 0.0)
+
+    def _activation_bytes(self, tokens: Counts) -> Floats:
+        """A hidden vector read and one written for each token."""
+        return np.asarray(2.0 * tokens * self._model.hidden_bytes_per_token, dtype=np.float64)
+
+    def attention_s_R(self, work: HomeWork) -> Floats:
+        """One layer: projections and scores; the weights, the KV cache read and written, activations."""
+        m = self._model
+        flops = work.tokens_R * m.attention_projection_flops_per_token
+        per_pair = m.decode_attention_flops_per_pair if work.decode else m.attention_flops_per_pair
+        flops = flops + work.attention_pairs_R * per_pair
+        kv_bytes = (work.kv_tokens_R + work.tokens_R) * m.kv_bytes_per_token
+        num_bytes = np.where(work.tokens_R > 0, m.attention_bytes, 0) + kv_bytes
+        return self._roofline(flops, num_bytes + self._activation_bytes(work.tokens_R))
+
+    def router_s_R(self, work: HomeWork) -> Floats:
+        """One MoE layer's gate."""
+        m = self._model
+        num_bytes = m.router_bytes + self._activation_bytes(work.tokens_R)
+        return self._roofline(work.tokens_R * m.router_flops_per_token, num_bytes)
+
+    def dense_ffn_s_R(self, work: HomeWork) -> Floats:
+        """The feed-forward part of one leading dense layer."""
+        m = self._model
+        num_bytes = m.dense_ffn_bytes + self._activation_bytes(work.tokens_R)
+        return self._roofline(work.tokens_R * m.dense_ffn_flops_per_token, num_bytes)
+
+    def shared_experts_s_R(self, work: HomeWork) -> Floats:
+        """The shared experts of one MoE layer, computed at the token's home (every home holds a copy)."""
+        m = self._model
+        num_bytes = m.shared_expert_bytes + self._activation_bytes(work.tokens_R)
+        return self._roofline(work.tokens_R * m.shared_expert_flops_per_token, num_bytes)
+
+    def experts_s(self, pairs_xR: Counts, activated_xR: Counts) -> Floats:
+        """Routed experts of one kernel: [..., R] pairs and activated slots to seconds, last axis the device.
+
+        The weights of each activated expert are read once: launch_overhead + activated * expert_overhead
+        + max(pairs * FLOPs per token, activated * weight bytes + activations).
+        """
+        m = self._model
+        num_bytes = activated_xR * m.expert_bytes + self._activation_bytes(pairs_xR)
+        seconds = self._roofline(pairs_xR * m.expert_flops_per_token, num_bytes)
+        return np.asarray(seconds + activated_xR * self._expert_overhead_s_R, dtype=np.float64)
+
+    def vision_s_R(self, work: HomeWork) -> Floats:
+        """Vision encoder and projector for the step's images."""
+        vision = self._model.vision
+        if vision is None:
+            return np.zeros(len(self._launch_s_R))
+        num_bytes = np.where(work.images_R > 0, vision.weight_bytes, 0)
+        return self._roofline(work.images_R * vision.flops_per_image, num_bytes)
+
+    def head_s_R(self, work: HomeWork) -> Floats:
+        """The language-model head for the step's output tokens."""
+        m = self._model
+        num_bytes = m.lm_head_bytes + self._activation_bytes(work.outputs_R)
+        return self._roofline(work.outputs_R * m.lm_head_flops_per_token, num_bytes)

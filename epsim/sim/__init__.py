@@ -1,0 +1,37 @@
+"""The simulator: `StepPlanner` makes a `StepPlan`, an engine makes a `StepResult` of it.
+
+Engines (`simulate_step`): "event" (compiled), "simpy" (the same, readable and slow), "analytic" (closed form).
+"""
+
+from typing import Literal
+
+from epsim.cluster import Cluster
+from epsim.sim import simpy_engine
+from epsim.sim.analytic import simulate_analytic
+from epsim.sim.engine import Execution, simulate_events
+from epsim.sim.planner import StepPlanner, Transmission
+from epsim.sim.step import COMPUTE_PARTS, PARTS, StepPlan, StepResult
+
+Fidelity = Literal["event", "simpy", "analytic"]
+
+
+def simulate_step(plan: StepPlan, cluster: Cluster, fidelity: Fidelity) -> tuple[StepResult, Execution | None]:
+    """Simulate one step; the closed form has no execution to show."""
+    if fidelity == "analytic":
+        return simulate_analytic(plan, cluster), None
+    if fidelity == "simpy":
+        return simulate_events(plan, cluster, simpy_engine.run_graph)
+    return simulate_events(plan, cluster)
+
+
+__all__ = [
+    "COMPUTE_PARTS",
+    "PARTS",
+    "Execution",
+    "Fidelity",
+    "StepPlan",
+    "StepPlanner",
+    "StepResult",
+    "Transmission",
+    "simulate_step",
+]

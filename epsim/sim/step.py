@@ -1,0 +1,129 @@
+"""What goes into the simulation of one step and what comes out: `StepPlan`, `StepResult`.
+
+A step is one prefill of a batch or one decode step. Letters: L MoE layers, C chunks, R devices (source or home, then
+destination or expert device), N nodes, X links.
+
+The parts of a device's time, in the order of `PARTS`, cover the whole step: what it computes, what it waits for.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Mode = Literal["sync", "async"]
+
+PARTS = ("vision", "attention", "dense_ffn", "router", "experts", "head", "dispatch", "combine", "waiting")
+COMPUTE_PARTS = PARTS[:6]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """Durations in s and messages in bytes of one step.
+
+    vision_s_R: before the first layer. attention_s_LR, dense_ffn_s_LR (leading dense layers, counted to the MoE layer
+    that follows them), router_s_LR: until a layer's dispatch. shared_s_LR: shared experts, at the home.
+    experts_s_LR: routed experts of a device in one kernel (mode sync). local_s_LR: those for its own home tokens, and
+    remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
+    dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the
+    diagonal. With node-level dedup (`gateway_RN` given) they cross a node boundary only inside
+    node_dispatch_bytes_LCRN and node_combine_bytes_LCRN, and travel between gateway and d on the far side.
+    kv_bytes_LRR: KV cache from prefill home to decode home, per MoE layer (leading dense layers with the first).
+    overlap_kv: each layer's KV cache leaves as soon as its attention is done; else all of it after the step.
+    """
+
+    mode: Mode
+    vision_s_R: Floats
+    attention_s_LR: Floats
+    dense_ffn_s_LR: Floats
+    router_s_LR: Floats
+    shared_s_LR: Floats
+    experts_s_LR: Floats
+    local_s_LR: Floats
+    remote_s_LCRR: Floats
+    head_s_R: Floats
+    dispatch_bytes_LCRR: Floats
+    combine_bytes_LCRR: Floats
+    node_dispatch_bytes_LCRN: Floats
+    node_combine_bytes_LCRN: Floats
+    gateway_RN: npt.NDArray[np.int32] | None
+    node_of_device_R: npt.NDArray[np.int32]
+    kv_bytes_LRR: Floats
+    overlap_kv: bool
+
+    def __post_init__(self) -> None:
+        num_layers, num_chunks, num_devices, _ = self.dispatch_bytes_LCRR.shape
+        if num_layers == 0 or (self.mode == "sync" and num_chunks != 1):
+            raise ValueError("a step needs at least one MoE layer, and exactly one chunk in mode sync")
+        expected = {
+            "attention_s_LR": (num_layers, num_devices),
+            "experts_s_LR": (num_layers, num_devices),
+            "local_s_LR": (num_layers, num_devices),
+            "remote_s_LCRR": (num_layers, num_chunks, num_devices, num_devices),
+            "combine_bytes_LCRR": (num_layers, num_chunks, num_devices, num_devices),
+            "kv_bytes_LRR": (num_layers, num_devices, num_devices),
+            "head_s_R": (num_devices,),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.dispatch_bytes_LCRR.shape[0])
+
+    @property
+    def num_devices(self) -> int:
+        return int(self.dispatch_bytes_LCRR.shape[2])
+
+    @property
+    def front_s_LR(self) -> Floats:
+        """What a device computes in a layer before its dispatch."""
+        front_s_LR = self.attention_s_LR + self.dense_ffn_s_LR + self.router_s_LR
+        front_s_LR[0] += self.vision_s_R
+        return front_s_LR
+
+    def crosses_nodes(self, source: npt.NDArray[np.intp], destination: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+        """Whether the messages of these pairs go through a gateway."""
+        if self.gateway_RN is None:
+            return np.zeros(source.shape, dtype=bool)
+        return np.asarray(self.node_of_device_R[source] != self.node_of_device_R[destination])
+
+    def compute_s_PR(self) -> Floats:
+        """Seconds that each device computes for each of COMPUTE_PARTS, [6, R]."""
+        if self.mode == "sync":
+            experts_s_R = self.experts_s_LR.sum(axis=0)
+        else:
+            experts_s_R = self.local_s_LR.sum(axis=0) + self.remote_s_LCRR.sum(axis=(0, 1, 2))
+        return np.stack(
+            [
+                self.vision_s_R,
+                self.attention_s_LR.sum(axis=0),
+                self.dense_ffn_s_LR.sum(axis=0),
+                self.router_s_LR.sum(axis=0),
+                experts_s_R + self.shared_s_LR.sum(axis=0),
+                self.head_s_R,
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Times in s from the start of the step.
+
+    end_s: the last device has finished its head. kv_end_s: the last KV cache has arrived (0 when none moves).
+    parts_s_PR: seconds of each of PARTS on each device; a column sums to end_s.
+    link_busy_s_X, link_bytes_X: how long each link was held, and what it carried.
+    delivered_bytes_RR: bytes that arrived, by the two ends of each message. contended: some message had to wait for
+    another flow's on a link (None where the fidelity cannot tell).
+    """
+
+    end_s: float
+    kv_end_s: float
+    parts_s_PR: Floats
+    link_busy_s_X: Floats
+    link_bytes_X: Floats
+    delivered_bytes_RR: Floats
+    contended: bool | None
