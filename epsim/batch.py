@@ -1,0 +1,206 @@
+"""One static batch from its trace rows to its records: `Deployment` and `simulate_batch`.
+
+A batch is prefilled in one step; the first output token of every request is there at its end. Each decode step then
+takes one token of every request that still has some. A step starts when the one before it has ended on all devices
+(and, after prefill, when the KV caches that move have arrived). Letters: T tokens, Q requests, L MoE layers, R devices.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim.cluster import Cluster
+from epsim.cost import HomeWork
+from epsim.metrics import Phase, RequestRecord, StepRecord, TransferCounts
+from epsim.model import ModelCard
+from epsim.placement import HomePlan, Placement
+from epsim.sim import PARTS, Execution, Fidelity, StepPlanner, StepResult, simulate_step
+from epsim.trace import Modality, TraceSource
+from epsim.traffic import TrafficCounter, count_remote
+
+ShowExecution = Callable[[Phase, int, float, Execution], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A model on a cluster with its placement and homes, ready to run batches of a trace."""
+
+    model: ModelCard
+    cluster: Cluster
+    trace: TraceSource
+    placement: Placement
+    homes: HomePlan
+    counter: TrafficCounter
+    planner: StepPlanner
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRecords:
+    """What a batch left: its requests, its steps, and when its last token was there."""
+
+    requests: list[RequestRecord]
+    steps: list[StepRecord]
+    end_s: float
+
+
+def simulate_batch(
+    deployment: Deployment,
+    *,
+    batch: int,
+    request_ids: npt.NDArray[np.integer],
+    start_s: float,
+    max_output_tokens: int | None,
+    transfers: TransferCounts,
+    show: ShowExecution,
+    advance: Callable[[], None],
+) -> BatchRecords:
+    """Run one batch of requests that all arrive at start_s.
+
+    transfers: counts are added here. show: is given every executed step (event fidelities only). advance: is called
+    after every step.
+    """
+    run = _BatchRun(deployment, request_ids, max_output_tokens)
+    token_times: list[list[float]] = [[] for _ in request_ids]
+    now_s, steps = start_s, []
+    for step in range(run.num_steps):
+        tokens = run.tokens(step)
+        transfers.add(tokens.phase, tokens.count_remote(deployment.placement))
+        result, execution, pairs_LR = run.simulate(tokens)
+        if execution is not None:
+            show(tokens.phase, step, now_s, execution)
+        steps.append(_record(batch, tokens, now_s, result, pairs_LR))
+        for q in np.unique(tokens.request_T):
+            token_times[q].append(now_s + steps[-1].duration_s)
+        now_s += steps[-1].duration_s + steps[-1].kv_exposed_s
+        advance()
+    requests = [
+        RequestRecord(request_id=int(request_id), arrival_s=start_s, token_times_s=tuple(times))
+        for request_id, times in zip(request_ids, token_times, strict=True)
+    ]
+    return BatchRecords(requests=requests, steps=steps, end_s=steps[-1].start_s + steps[-1].duration_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepTokens:
+    """The tokens of one step, sorted by home; request_T: index of each token's request in the batch."""
+
+    step: int
+    home_T: npt.NDArray[np.int32]
+    request_T: npt.NDArray[np.int64]
+    topk_expert_ids_TLK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    modality_T: npt.NDArray[np.uint8]
+
+    @property
+    def phase(self) -> Phase:
+        return "prefill" if self.step == 0 else "decode"
+
+    def count_remote(self, placement: Placement) -> npt.NDArray[np.int64]:
+        counts_M4: npt.NDArray[np.int64] = count_remote(
+            self.topk_expert_ids_TLK, self.home_T, self.modality_T, placement.device_of_expert_RLE
+        )
+        return counts_M4
+
+
+class _BatchRun:
+    """A batch's rows of the trace and what follows from them for its steps."""
+
+    def __init__(
+        self, deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
+    ) -> None:
+        self._deployment = deployment
+        self._homes = deployment.homes.assign(len(request_ids))
+        self._rows = rows = deployment.trace.select(request_ids)
+        # Rows come request by request in the order given: a change of id starts the next request of the batch.
+        self._request_T = np.concatenate(([0], np.cumsum(np.diff(rows.request_id_T) != 0)))
+        self._prompt_Q = np.bincount(self._request_T[rows.step_T == 0], minlength=len(request_ids))
+        self.num_steps = int(rows.step_T.max()) + 1
+        if max_output_tokens is not None:
+            self.num_steps = min(self.num_steps, max_output_tokens)
+        self._by_step_T = np.argsort(rows.step_T, kind="stable")
+        self._bounds = np.searchsorted(rows.step_T[self._by_step_T], np.arange(self.num_steps + 1))
+
+    def tokens(self, step: int) -> _StepTokens:
+        rows_T = self._by_step_T[self._bounds[step] : self._bounds[step + 1]]
+        home_Q = self._homes.prefill_Q if step == 0 else self._homes.decode_Q
+        rows_T = rows_T[np.argsort(home_Q[self._request_T[rows_T]], kind="stable")]
+        request_T = self._request_T[rows_T]
+        return _StepTokens(
+            step=step,
+            home_T=home_Q[request_T],
+            request_T=request_T,
+            topk_expert_ids_TLK=self._rows.topk_expert_ids_TLK[rows_T],
+            modality_T=self._rows.modality_T[rows_T],
+        )
+
+    def simulate(self, tokens: _StepTokens) -> tuple[StepResult, Execution | None, npt.NDArray[np.int64]]:
+        """Return the step's result, its execution where there is one, and the pairs that each device served [L, R]."""
+        d = self._deployment
+        traffic = d.counter.count(tokens.topk_expert_ids_TLK, tokens.home_T)
+        work = self._prefill_work(tokens) if tokens.step == 0 else self._decode_work(tokens)
+        plan = d.planner.plan(work, traffic, self._moving_kv_tokens(tokens.step))
+        return *simulate_step(plan, d.cluster, d.fidelity), traffic.device_pairs_LR
+
+    def _per_device(self, home: npt.NDArray[np.int32], values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        totals_R = np.zeros(self._deployment.cluster.num_devices, dtype=np.int64)
+        np.add.at(totals_R, home, values)
+        return totals_R
+
+    def _prefill_work(self, tokens: _StepTokens) -> HomeWork:
+        """Every token attends to itself and all before it; one head per request; the images that its tokens fill."""
+        vision, home_Q, prompt_Q = self._deployment.model.vision, self._homes.prefill_Q, self._prompt_Q
+        is_vision_T = tokens.modality_T == Modality.VISION
+        vision_Q = np.bincount(tokens.request_T, weights=is_vision_T, minlength=len(prompt_Q)).astype(np.int64)
+        images_Q = -(-vision_Q // vision.tokens_per_image) if vision else np.zeros_like(vision_Q)
+        tokens_R = self._per_device(home_Q, prompt_Q)
+        return HomeWork(
+            decode=False,
+            tokens_R=tokens_R,
+            kv_tokens_R=tokens_R,
+            attention_pairs_R=self._per_device(home_Q, prompt_Q * (prompt_Q + 1) // 2),
+            images_R=self._per_device(home_Q, images_Q),
+            outputs_R=self._per_device(home_Q, np.ones_like(prompt_Q)),
+        )
+
+    def _decode_work(self, tokens: _StepTokens) -> HomeWork:
+        """Every token attends to its prompt and the output tokens up to itself."""
+        tokens_R = self._per_device(tokens.home_T, np.ones_like(tokens.request_T))
+        context_R = self._per_device(tokens.home_T, self._prompt_Q[tokens.request_T] + tokens.step)
+        return HomeWork(
+            decode=True,
+            tokens_R=tokens_R,
+            kv_tokens_R=context_R,
+            attention_pairs_R=context_R,
+            images_R=np.zeros_like(tokens_R),
+            outputs_R=tokens_R,
+        )
+
+    def _moving_kv_tokens(self, step: int) -> npt.NDArray[np.int64]:
+        """Return [R, R]: tokens whose KV cache moves after the prefill, of the requests that decode at all."""
+        moving_RR = np.zeros((self._deployment.cluster.num_devices,) * 2, dtype=np.int64)
+        if step == 0 and self.num_steps > 1:
+            decoding_Q = np.unique(self._request_T[self._rows.step_T == 1])
+            route = (self._homes.prefill_Q[decoding_Q], self._homes.decode_Q[decoding_Q])
+            np.add.at(moving_RR, route, self._prompt_Q[decoding_Q])
+        return moving_RR
+
+
+def _record(
+    batch: int, tokens: _StepTokens, now_s: float, result: StepResult, pairs_LR: npt.NDArray[np.int64]
+) -> StepRecord:
+    return StepRecord(
+        batch=batch,
+        phase=tokens.phase,
+        step=tokens.step,
+        start_s=now_s,
+        duration_s=result.end_s,
+        kv_exposed_s=max(0.0, result.kv_end_s - result.end_s),
+        num_tokens=len(tokens.home_T),
+        parts_s=dict(zip(PARTS, result.parts_s_PR, strict=True)),
+        link_busy_s_X=result.link_busy_s_X,
+        link_bytes_X=result.link_bytes_X,
+        pairs_LR=pairs_LR,
+        contended=result.contended,
+    )

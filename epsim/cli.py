@@ -1,0 +1,234 @@
+"""The command line: parse, call, print. Errors are one line on stderr, exit code 2 for bad input and 1 otherwise.
+
+Only typer and the exceptions are imported at start; each command imports what it needs.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from epsim import __version__
+from epsim.errors import EpsimError, InputError
+
+app = typer.Typer(
+    name="epsim",
+    help="Predict what expert placement, dedup and asynchronous transmission do to TTFT and TPOT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+scenario_app = typer.Typer(name="scenario", help="Look at scenarios.", no_args_is_help=True)
+trace_app = typer.Typer(name="trace", help="Look at, check, make and convert routing traces.", no_args_is_help=True)
+app.add_typer(scenario_app)
+app.add_typer(trace_app)
+
+ScenarioPath = Annotated[Path, typer.Argument(help="Scenario file (YAML).", metavar="SCENARIO")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change a field, e.g. cluster.links[0].bandwidth='25 Gbit/s'."),
+]
+TracePath = Annotated[Path, typer.Argument(help="Routing trace (Arrow IPC).", metavar="FILE")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"epsim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command; --debug is read by `main`."""
+
+
+@app.command()
+def simulate(
+    scenario: ScenarioPath,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results.json, steps.parquet and timeline.json.", metavar="DIR"),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
+) -> None:
+    """Simulate a scenario: TTFT, TPOT and where the time goes, per batch size."""
+    from epsim.report.files import to_json, write_run
+    from epsim.report.tables import simulation_tables
+    from epsim.run import count_steps, simulate
+    from epsim.scenario import load_scenario
+
+    spec = load_scenario(scenario, overrides or ())
+    with _progress(lambda: count_steps(spec), spec.name) as advance:
+        outcome = simulate(spec, advance)
+    if out is not None:
+        paths = write_run(
+            out,
+            results=outcome.results,
+            steps=outcome.steps,
+            slices=outcome.slices,
+            device_names=outcome.device_names,
+        )
+        typer.echo("wrote " + ", ".join(map(str, paths)), err=True)
+    if json_output:
+        typer.echo(to_json(outcome.results), nl=False)
+    else:
+        _print(simulation_tables(outcome.results))
+
+
+@app.command()
+def compare(
+    scenario: ScenarioPath,
+    axis: Annotated[
+        list[str], typer.Option(metavar="PATH=V1,V2", help="Values of a field to compare; repeat for a grid.")
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="PATH=V,PATH=V", help="What to compare with; default: the first values."),
+    ] = None,
+    overrides: Overrides = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows as CSV.")] = None,
+) -> None:
+    """Simulate a grid of scenarios and print the differences to a baseline, best first."""
+    from epsim.compare import compare, parse_axes, parse_baseline
+    from epsim.report.files import write_csv
+    from epsim.report.tables import comparison_tables
+    from epsim.scenario import load_raw
+
+    axes = parse_axes(axis)
+    reference = parse_baseline(baseline, axes)
+    raw = load_raw(scenario, overrides or ())
+    with _progress(None, "comparing") as advance:
+        rows = compare(raw, axes, reference, advance)
+    if csv is not None:
+        write_csv(csv, rows)
+    _print(comparison_tables(rows, list(axes)))
+
+
+@scenario_app.command()
+def schema() -> None:
+    """Print the JSON schema of a scenario (for editors: yaml-language-server)."""
+    import json
+
+    from epsim.scenario import ScenarioSpec
+
+    typer.echo(json.dumps(ScenarioSpec.model_json_schema(), indent=2))
+
+
+@scenario_app.command()
+def show(scenario: ScenarioPath, overrides: Overrides = None) -> None:
+    """Print the scenario with presets, overrides and defaults written out; it is a scenario again."""
+    import yaml
+
+    from epsim.scenario import load_scenario
+
+    spec = load_scenario(scenario, overrides or ())
+    content = spec.model_dump(mode="json", by_alias=True)
+    typer.echo(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), nl=False)
+
+
+@trace_app.command()
+def info(path: TracePath) -> None:
+    """Print what a trace holds and where it comes from."""
+    from epsim.report.tables import trace_table
+    from epsim.trace.file import TraceFile
+    from epsim.trace.info import summarise
+
+    _print(trace_table(summarise(TraceFile.open(path))))
+
+
+@trace_app.command()
+def check(path: TracePath) -> None:
+    """Check every invariant of a trace; the first bad row is named."""
+    from epsim.trace import check_trace
+    from epsim.trace.file import TraceFile
+
+    trace = TraceFile.open(path)
+    check_trace(trace)
+    typer.echo(f"{path}: {trace.num_tokens} tokens, every invariant holds")
+
+
+@trace_app.command()
+def export(
+    path: TracePath,
+    parquet: Annotated[Path, typer.Option(metavar="FILE", help="Write a row per token and layer, for SQL.")],
+) -> None:
+    """Export a trace for other tools."""
+    from epsim.trace.file import TraceFile
+    from epsim.trace.parquet import export_parquet
+
+    export_parquet(TraceFile.open(path), parquet)
+    typer.echo(f"wrote {parquet}", err=True)
+
+
+@trace_app.command()
+def make(
+    scenario: ScenarioPath,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Trace file to write.")],
+    overrides: Overrides = None,
+    compress: Annotated[bool, typer.Option("--compress", help="Compress with zstd, for shipping.")] = False,
+) -> None:
+    """Write the trace that a scenario draws or names to a file."""
+    from epsim.run import trace_of
+    from epsim.scenario import load_scenario
+    from epsim.trace.writer import copy_trace
+
+    trace = trace_of(load_scenario(scenario, overrides or ()))
+    copy_trace(trace, output, compression="zstd" if compress else None)
+    typer.echo(f"wrote {output}: {trace.num_tokens} tokens, {trace.meta.origin}", err=True)
+
+
+def _print(renderable: Any) -> None:
+    """Print tables: as wide as the terminal, or in full where the output is not one."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(renderable)
+
+
+@contextmanager
+def _progress(count: Callable[[], int] | None, label: str) -> Iterator[Callable[[], None]]:
+    """Show a bar of simulated steps on stderr, only on a terminal; without `count`, steps without an end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=count() if count else None)
+        yield lambda: progress.advance(task)
+
+
+def main() -> None:
+    """Entry point of the `epsim` command."""
+    try:
+        app(standalone_mode=True)
+    except EpsimError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"epsim: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Tables for the terminal, made with rich from the plain results of a run: `simulation_tables`, `comparison_tables`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from epsim.units import format_size, format_time
+
+_PART_NAMES = {"dense_ffn": "dense FFN"}
+_RATIO_COLUMNS = {
+    "prefill_vision": "prefill V",
+    "prefill_text": "prefill T",
+    "prefill_all": "prefill V+T",
+    "decode_text": "decode T",
+}
+_BUSIEST_LINKS = 4
+
+
+def simulation_tables(results: dict[str, Any]) -> RenderableType:
+    """Return all tables of one scenario."""
+    sizes = results["batch_sizes"]
+    return Group(
+        _title(results),
+        _latency_table(sizes),
+        _ratio_table(sizes),
+        *(_parts_table(sizes, phase) for phase in ("prefill", "decode") if any(size[phase] for size in sizes)),
+        _network_table(sizes),
+        _memory_table(sizes),
+    )
+
+
+def _title(results: dict[str, Any]) -> Text:
+    scenario, trace, homes = results["scenario"], results["trace"], results["homes"]
+    transmission, placement = scenario["transmission"], scenario["placement"]
+    text = Text(scenario["name"], style="bold")
+    chunks = f" in {transmission['num_chunks']} chunks" if transmission["mode"] == "async" else ""
+    text.append(
+        f"\n{scenario['model']['name']} on {scenario['cluster']['name']}; placement {placement['policy']}, "
+        f"{transmission['mode']}{chunks}, "
+        f"dedup {transmission['dedup']}, fidelity {scenario['simulation']['fidelity']}\n"
+        f"homes: prefill on {_some(homes['prefill'])}, decode on {_some(homes['decode'])}\n",
+        style="not bold",
+    )
+    origin = f"routing: {trace['origin'].upper()}" if trace["origin"] != "captured" else "routing: captured"
+    mock = ", from MOCK tokens" if trace["mock"] else ""
+    text.append(f"{origin}{mock}: {trace['description']}", style="yellow not bold")
+    return text
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} .. {names[-1]} ({len(names)} devices)"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    return table
+
+
+def _latency_table(sizes: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "\nLatency and throughput (means over requests)",
+        "batch", "TTFT", "TPOT", "end to end", "output tokens/s", "balancedness, prefill", "decode",
+    )  # fmt: skip
+    for size in sizes:
+        table.add_row(
+            str(size["batch_size"]),
+            format_time(size["ttft_s"]["mean"]),
+            format_time(size["tpot_s"]["mean"]) if size["tpot_s"] else "-",
+            format_time(size["e2e_s"]["mean"]),
+            f"{size['output_tokens_per_s']:.4g}",
+            *(_balancedness(size[phase]) for phase in ("prefill", "decode")),
+        )
+    return table
+
+
+def _balancedness(phase: dict[str, Any] | None) -> str:
+    return f"{phase['balancedness']['ratio_of_sums']:.2f}" if phase and phase["balancedness"] else "-"
+
+
+def _ratio_table(sizes: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "\nTransfer ratios in % (V vision, T text tokens): remote (token, expert) pairs, no dedup | remote tokens, dedup",
+        "batch", *_RATIO_COLUMNS.values(), *(f"| {name}" for name in _RATIO_COLUMNS.values()),
+    )  # fmt: skip
+    for size in sizes:
+        shares = [
+            size["transfer_ratio"][way][name] for way in ("without_dedup", "with_dedup") for name in _RATIO_COLUMNS
+        ]
+        table.add_row(str(size["batch_size"]), *("-" if share is None else f"{100 * share:.1f}" for share in shares))
+    return table
+
+
+def _parts_table(sizes: list[dict[str, Any]], phase: str) -> Table:
+    present = [size for size in sizes if size[phase]]
+    names = [name for name in present[0][phase]["parts_s"] if any(size[phase]["parts_s"][name] for size in present)]
+    staged = any(size[phase]["staging_s"] for size in present)
+    unit = "the prefill" if phase == "prefill" else "a decode step"
+    title = f"\nWhere {unit} goes (mean over devices; dispatch and combine are what is not hidden)"
+    headings = [_PART_NAMES.get(name, name) for name in names]
+    table = _table(title, "batch", "step", *headings, *(["host staging busy"] if staged else []))
+    for size in present:
+        cells = [f"{format_time(size[phase]['parts_s'][name])}" for name in names]
+        if staged:
+            cells.append(format_time(size[phase]["staging_s"]))
+        table.add_row(str(size["batch_size"]), format_time(size[phase]["step_s"]), *cells)
+    return table
+
+
+def _network_table(sizes: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "\nBusiest links (share of time held, bytes per step)",
+        "batch",
+        "phase",
+        "link",
+        "held",
+        "bytes",
+        "KV wait",
+    )
+    for size in sizes:
+        for phase in ("prefill", "decode"):
+            if not size[phase]:
+                continue
+            links = sorted(size[phase]["links"].items(), key=lambda item: (-item[1]["busy_frac"], item[0]))
+            for row, (name, link) in enumerate(links[:_BUSIEST_LINKS]):
+                if link["bytes_per_step"]:
+                    table.add_row(
+                        str(size["batch_size"]) if row == 0 else "",
+                        phase if row == 0 else "",
+                        name,
+                        f"{100 * link['busy_frac']:.1f} %",
+                        format_size(link["bytes_per_step"]),
+                        format_time(size["kv_exposed_s"]) if phase == "prefill" and row == 0 else "",
+                    )
+    return table
+
+
+def _memory_table(sizes: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "\nMemory of the fullest device",
+        "batch",
+        "device",
+        "experts",
+        "other weights",
+        "KV cache",
+        "buffers",
+        "total",
+        "usable",
+    )
+    for size in sizes:
+        name, account = max(size["memory_bytes"].items(), key=lambda item: item[1]["total"])
+        items = ("experts", "other_weights", "kv_cache", "buffers", "total", "usable")
+        table.add_row(str(size["batch_size"]), name, *(format_size(account[item]) for item in items))
+    return table
+
+
+def comparison_tables(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> RenderableType:
+    """Return one table per batch size; rows as `epsim.compare.compare` makes them, best first."""
+    tables = []
+    for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
+        table = _table(f"\nBatch {batch_size}", *axes, "TTFT", "", "TPOT", " ", "end to end", "  ", "tokens/s", "   ")
+        for row in rows:
+            if row["batch_size"] != batch_size:
+                continue
+            cells = []
+            for name in ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s"):
+                value = row[name]
+                text = (
+                    "-"
+                    if value is None
+                    else format_time(value)
+                    if name.endswith("_s") and name != "output_tokens_per_s"
+                    else f"{value:.4g}"
+                )
+                cells += [text, _change(row, name)]
+            table.add_row(*(str(row[axis]) for axis in axes), *cells, style="bold" if row["is_baseline"] else "")
+        tables.append(table)
+    return Group(*tables)
+
+
+def _change(row: dict[str, Any], name: str) -> str:
+    change = row[f"{name}_change_percent"]
+    return "baseline" if row["is_baseline"] else "-" if change is None else f"{change:+.1f} %"
+
+
+def trace_table(summary: dict[str, Any]) -> RenderableType:
+    """Return what `epsim trace info` prints."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in summary.items():
+        table.add_row(Text(name, style="bold"), str(value))
+    return table

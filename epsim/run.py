@@ -1,0 +1,306 @@
+"""The composition root: a `ScenarioSpec` becomes domain objects (`assemble`), and these an `Outcome` (`simulate`)."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim import __version__
+from epsim.batch import Deployment, simulate_batch
+from epsim.cluster import Cluster, build_cluster
+from epsim.cost import MemoryAccount, RooflineCost, account_memory
+from epsim.errors import ScenarioError, TraceError
+from epsim.metrics import Phase, RequestRecord, StepRecord, TransferCounts, summarise_batch_size
+from epsim.model import ModelCard
+from epsim.placement import POLICIES, HomePlan, Placement, PlacementProblem, balanced, by_modality
+from epsim.scenario.spec import (
+    FileTraceSpec,
+    PublishedTraceSpec,
+    ScenarioSpec,
+    TraceSpec,
+    TransmissionSpec,
+    WorkloadSpec,
+    ZipfTraceSpec,
+)
+from epsim.sim import Execution, StepPlanner, Transmission
+from epsim.sim.slices import Slice, slices_of
+from epsim.trace import TraceShape, TraceSource, concatenate, synthetic
+from epsim.trace.file import TraceFile
+from epsim.trace.statistics import expert_load
+from epsim.traffic import MessageFormat, TrafficCounter
+
+BYTES_PER_ELEMENT = {"bf16": 2.0, "fp8": 1.0}
+FP8_BLOCK, SCALE_BYTES = 128, 4.0  # one float32 scale for 128 values, as DeepEP sends FP8
+PAIR_BYTES = 8.0  # an int32 expert id and a float32 gate weight
+
+Advance = Callable[[], None]
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a scenario gave. results: plain values for JSON. steps: by batch size. slices: of the timeline's steps."""
+
+    results: dict[str, Any]
+    steps: dict[int, list[StepRecord]] = field(default_factory=dict)
+    slices: list[Slice] = field(default_factory=list)
+    device_names: tuple[str, ...] = ()
+
+
+def simulate(spec: ScenarioSpec, advance: Advance = lambda: None) -> Outcome:
+    """Run every batch size of a scenario. `advance` is called after each simulated step (see `count_steps`)."""
+    deployment = assemble(spec)
+    accounts = {size: check_memory(deployment, spec, size) for size in spec.workload.batch_sizes}
+    outcome = Outcome(
+        results=_header(spec, deployment), device_names=accounts[spec.workload.batch_sizes[0]].device_names
+    )
+    for batch_size, account in accounts.items():
+        summary = _run_batch_size(deployment, spec, batch_size, outcome, advance)
+        summary["memory_bytes"] = account.as_dict()
+        outcome.results["batch_sizes"].append(summary)
+    return outcome
+
+
+def assemble(spec: ScenarioSpec) -> Deployment:
+    """Build model, cluster, trace, placement and homes of a scenario, and check that they fit together."""
+    model = ModelCard.from_mapping(spec.model.model_dump())
+    if not model.moe_layer_ids:
+        raise ScenarioError(f"model: {model.name} has no MoE layers; expert parallelism needs a model with experts")
+    cluster = build_cluster(spec.cluster.model_dump())
+    trace, load_MLE = _trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
+    _check_trace(trace, model, spec.workload)
+    placement, homes = _place(spec, cluster, model, load_MLE)
+    transmission = build_transmission(spec, model)
+    return Deployment(
+        model=model,
+        cluster=cluster,
+        trace=trace,
+        placement=placement,
+        homes=homes,
+        counter=TrafficCounter(placement, transmission.num_chunks),
+        planner=StepPlanner(model, cluster, RooflineCost(model, cluster), transmission),
+        fidelity=spec.simulation.fidelity,
+    )
+
+
+def num_requests_needed(workload: WorkloadSpec) -> int:
+    """Return how many requests the largest batch size takes."""
+    return max(workload.batch_sizes) * workload.num_batches
+
+
+def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
+    """Return mode, dedup, chunks and message sizes (sync sends one message per pair of ranks)."""
+    t: TransmissionSpec = spec.transmission
+    return Transmission(
+        mode=t.mode,
+        dedup=t.dedup,
+        num_chunks=t.num_chunks if t.mode == "async" else 1,
+        overlap_kv=spec.homes.kv_transfer == "overlapped",
+        message_format=MessageFormat(
+            dispatch_vector_bytes=_vector_bytes(model.hidden_size, t.dispatch_dtype),
+            combine_vector_bytes=_vector_bytes(model.hidden_size, t.combine_dtype),
+            pair_bytes=PAIR_BYTES,
+        ),
+    )
+
+
+def _vector_bytes(hidden_size: int, dtype: str) -> float:
+    scales = -(-hidden_size // FP8_BLOCK) * SCALE_BYTES if dtype == "fp8" else 0.0
+    return hidden_size * BYTES_PER_ELEMENT[dtype] + scales
+
+
+def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSource:
+    """Open the trace file, or draw the synthetic trace with `num_requests` unless the spec says how many."""
+    if isinstance(spec, FileTraceSpec):
+        return TraceFile.open(Path(spec.path))
+    shape = TraceShape(layer_ids=model.moe_layer_ids, num_experts=model.num_experts, topk=model.topk)
+    num_requests = spec.requests or num_requests
+    options: dict[str, Any] = {"shape": shape, "seed": spec.seed, "model": model.name}
+    if isinstance(spec, PublishedTraceSpec):
+        workload = synthetic.published_workload(
+            spec.benchmark,
+            num_requests=num_requests,
+            num_images=spec.images,
+            num_text_tokens=spec.text_tokens,
+            num_decode_tokens=None if spec.output_tokens is None else spec.output_tokens - 1,
+        )
+        return concatenate(list(synthetic.published(spec.benchmark, spec.method, workload=workload, **options)))
+    workload = synthetic.SyntheticWorkload(
+        num_requests=num_requests,
+        num_vision_tokens=spec.vision_tokens,
+        num_text_tokens=spec.text_tokens,
+        num_decode_tokens=spec.output_tokens - 1,
+    )
+    if isinstance(spec, ZipfTraceSpec):
+        return concatenate(list(synthetic.zipf(workload=workload, exponent=spec.exponent, **options)))
+    return concatenate(list(synthetic.uniform(workload=workload, **options)))
+
+
+def trace_of(spec: ScenarioSpec) -> TraceSource:
+    """Return the trace that a scenario names or draws."""
+    return open_trace(spec.trace, ModelCard.from_mapping(spec.model.model_dump()), num_requests_needed(spec.workload))
+
+
+@functools.lru_cache(maxsize=2)
+def _trace_and_load(spec: TraceSpec, model: ModelCard, num_requests: int) -> tuple[TraceSource, npt.NDArray[np.int64]]:
+    """Cached, because the scenarios of a comparison mostly share their trace."""
+    trace = open_trace(spec, model, num_requests)
+    return trace, expert_load(trace)
+
+
+def _check_trace(trace: TraceSource, model: ModelCard, workload: WorkloadSpec) -> None:
+    meta = trace.meta
+    for noun, found, wanted in (
+        ("experts", meta.num_experts, model.num_experts),
+        ("top-k", meta.topk, model.topk),
+        ("MoE layers", meta.layer_ids, model.moe_layer_ids),
+    ):
+        if found != wanted:
+            raise TraceError(
+                f"trace: {trace.name} has {noun} {_brief(found)}, model {model.name} has {_brief(wanted)}; "
+                "name the model that the trace was taken from"
+            )
+    have, need = len(trace.requests.request_id_Q), num_requests_needed(workload)
+    if have < need:
+        raise TraceError(
+            f"workload.batch_sizes: {max(workload.batch_sizes)} x num_batches {workload.num_batches} needs {need} "
+            f"requests, {trace.name} has {have}; use smaller or fewer batches, or a longer trace"
+        )
+
+
+def _brief(value: object) -> str:
+    return f"{value[0]}..{value[-1]} ({len(value)})" if isinstance(value, tuple) and value else str(value)
+
+
+def _place(
+    spec: ScenarioSpec, cluster: Cluster, model: ModelCard, load_MLE: npt.NDArray[np.int64]
+) -> tuple[Placement, HomePlan]:
+    fields = spec.placement.model_dump()
+    policy_class = POLICIES[fields.pop("policy")]
+    if "path" in fields:
+        fields["path"] = Path(fields["path"])
+    problem = PlacementProblem(
+        num_layers=len(model.moe_layer_ids),
+        num_experts=model.num_experts,
+        node_of_device_R=cluster.node_of_device_R.astype(np.int32),
+        expert_load_MLE=load_MLE,
+    )
+    placement = policy_class(**fields).place(problem)
+    if spec.homes.policy == "balanced":
+        return placement, balanced(cluster.num_devices)
+    return placement, by_modality(placement, load_MLE)
+
+
+def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) -> MemoryAccount:
+    """Return the memory account of the fullest batch of a size; CapacityError when it does not fit."""
+    d, table = deployment, deployment.trace.requests
+    limit = spec.workload.max_output_tokens
+    fullest: MemoryAccount | None = None
+    for batch in range(spec.workload.num_batches):
+        rows = slice(batch * batch_size, (batch + 1) * batch_size)
+        prompt_Q = table.num_prefill_tokens_Q[rows].astype(np.int64)
+        decode_Q = table.num_decode_tokens_Q[rows].astype(np.int64)
+        if limit is not None:
+            decode_Q = np.minimum(decode_Q, limit - 1)
+        homes = d.homes.assign(batch_size)
+        kv_tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
+        np.add.at(kv_tokens_R, homes.decode_Q, prompt_Q + decode_Q)
+        moved = homes.prefill_Q != homes.decode_Q
+        np.add.at(kv_tokens_R, homes.prefill_Q[moved], prompt_Q[moved])
+        tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
+        np.add.at(tokens_R, homes.prefill_Q, prompt_Q)
+        account = account_memory(
+            model=d.model,
+            cluster=d.cluster,
+            placement=d.placement,
+            homes=d.homes,
+            kv_tokens_R=kv_tokens_R,
+            tokens_R=tokens_R,
+        )
+        account.check(batch_size)
+        if fullest is None or account.total_bytes_R.max() > fullest.total_bytes_R.max():
+            fullest = account
+    assert fullest is not None
+    return fullest
+
+
+def count_steps(spec: ScenarioSpec) -> int:
+    """Return how many steps `simulate` will run, for a progress bar."""
+    model = ModelCard.from_mapping(spec.model.model_dump())
+    trace, _ = _trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
+    limit = spec.workload.max_output_tokens
+    total = 0
+    for size in spec.workload.batch_sizes:
+        for batch in range(spec.workload.num_batches):
+            decode_Q = trace.requests.num_decode_tokens_Q[batch * size : (batch + 1) * size]
+            longest = int(decode_Q.max(initial=0))
+            total += 1 + (longest if limit is None else min(longest, limit - 1))
+    return total
+
+
+def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
+    meta = deployment.trace.meta
+    return {
+        "epsim_version": __version__,
+        "scenario": spec.model_dump(mode="json", by_alias=True),
+        "trace": {
+            "origin": meta.origin,
+            "mock": meta.mock,
+            "description": meta.description,
+            "seed": meta.seed,
+            "num_requests": len(deployment.trace.requests.request_id_Q),
+            "num_tokens": deployment.trace.num_tokens,
+        },
+        "homes": {
+            "prefill": [deployment.cluster.devices[r].name for r in deployment.homes.prefill_devices],
+            "decode": [deployment.cluster.devices[r].name for r in deployment.homes.decode_devices],
+        },
+        "batch_sizes": [],
+    }
+
+
+def _run_batch_size(
+    deployment: Deployment, spec: ScenarioSpec, batch_size: int, outcome: Outcome, advance: Advance
+) -> dict[str, Any]:
+    requests: list[RequestRecord] = []
+    steps: list[StepRecord] = []
+    transfers, now_s = TransferCounts(), 0.0
+    request_ids = deployment.trace.requests.request_id_Q
+    wants_timeline = not outcome.slices
+
+    for batch in range(spec.workload.num_batches):
+
+        def show(phase: Phase, step: int, start_s: float, execution: Execution, batch: int = batch) -> None:
+            if wants_timeline and batch == 0 and step <= spec.simulation.timeline_decode_steps:
+                outcome.slices += slices_of(execution, phase, step, start_s)
+
+        records = simulate_batch(
+            deployment,
+            batch=batch,
+            request_ids=request_ids[batch * batch_size : (batch + 1) * batch_size],
+            start_s=now_s,
+            max_output_tokens=spec.workload.max_output_tokens,
+            transfers=transfers,
+            show=show,
+            advance=advance,
+        )
+        requests += records.requests
+        steps += records.steps
+        now_s = records.end_s
+    outcome.steps[batch_size] = steps
+    links = deployment.cluster.links
+    slo = spec.workload.slo
+    return summarise_batch_size(
+        batch_size=batch_size,
+        requests=requests,
+        steps=steps,
+        transfers=transfers,
+        link_names=[link.name for link in links],
+        staging_links=[link.name for link in links if link.is_staging],
+        duration_s=now_s,
+        ttft_limit_s=slo.ttft,
+        tpot_limit_s=slo.tpot,
+    )

@@ -1,0 +1,159 @@
+"""The YAML of a scenario: `ScenarioSpec` and its sections. It knows fields and their ranges, no domain class."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from epsim.scenario.base import NonNegativeInt, PositiveInt, StrictModel, Time
+from epsim.scenario.cluster import ClusterSpec
+from epsim.scenario.model import ModelSpec
+
+Benchmark = Literal["MMMU", "SQA-IMG", "POPE", "GQA", "TextVQA"]
+Method = Literal["baseline", "attention-soft", "gaussian-soft"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class FileTraceSpec(StrictModel):
+    """A routing trace on disk; `trace: FILE` is short for it."""
+
+    kind: Literal["file"]
+    path: Annotated[str, Field(min_length=1)]
+
+
+class _SyntheticTraceSpec(StrictModel):
+    """What synthetic traces share. `requests`: how many; the default is as many as the workload needs."""
+
+    requests: PositiveInt | None = None
+    seed: Seed = 0
+
+
+class UniformTraceSpec(_SyntheticTraceSpec):
+    """Every set of K experts equally likely; all requests alike."""
+
+    kind: Literal["uniform"]
+    vision_tokens: NonNegativeInt = 576
+    text_tokens: NonNegativeInt = 128
+    output_tokens: PositiveInt = 32
+
+
+class ZipfTraceSpec(UniformTraceSpec):
+    """Expert popularity rank^-exponent, another order in each layer."""
+
+    kind: Literal["zipf"]  # type: ignore[assignment]
+    exponent: Annotated[float, Field(ge=0, le=10, strict=False)] = 1.0
+
+
+class PublishedTraceSpec(_SyntheticTraceSpec):
+    """Routing with the transfer ratios of a row of SMoES table S10; token counts follow its token mix by default."""
+
+    kind: Literal["published"]
+    benchmark: Benchmark
+    method: Method
+    images: PositiveInt = 1
+    text_tokens: NonNegativeInt | None = None
+    output_tokens: PositiveInt | None = None
+
+
+TraceSpec = Annotated[
+    FileTraceSpec | UniformTraceSpec | ZipfTraceSpec | PublishedTraceSpec, Field(discriminator="kind")
+]
+
+
+class ContiguousSpec(StrictModel):
+    """Experts in the order of their ids."""
+
+    policy: Literal["contiguous"] = "contiguous"
+
+
+class RoundRobinSpec(StrictModel):
+    """Expert e on device e mod R."""
+
+    policy: Literal["round_robin"]
+
+
+class RandomSpec(StrictModel):
+    """A random permutation per layer."""
+
+    policy: Literal["random"]
+    seed: Seed = 0
+
+
+class ModalityBinsSpec(StrictModel):
+    """SMoES binning: experts sorted by text bias, cut into `num_bins` (default: one per device), put on devices."""
+
+    policy: Literal["modality_bins"]
+    num_bins: PositiveInt | None = None
+
+
+class PlacementFileSpec(StrictModel):
+    """A JSON file {"physical_to_logical_map": [layers][slots]}."""
+
+    policy: Literal["file"]
+    path: Annotated[str, Field(min_length=1)]
+
+
+PlacementSpec = Annotated[
+    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec,
+    Field(discriminator="policy"),
+]
+
+
+class HomesSpec(StrictModel):
+    """Where tokens live, and whether the KV cache that moves between phases overlaps the prefill."""
+
+    policy: Literal["balanced", "by_modality"] = "balanced"
+    kv_transfer: Literal["overlapped", "exposed"] = "overlapped"
+
+
+class TransmissionSpec(StrictModel):
+    """How tokens travel. `num_chunks` is for async: each rank's tokens leave in that many messages per destination."""
+
+    mode: Literal["sync", "async"] = "sync"
+    num_chunks: Annotated[int, Field(gt=0, le=64)] = 1
+    dedup: Literal["none", "device", "node"] = "device"
+    dispatch_dtype: Literal["bf16", "fp8"] = "bf16"
+    combine_dtype: Literal["bf16", "fp8"] = "bf16"
+
+
+class SloSpec(StrictModel):
+    """Limits that a request must meet to count towards goodput."""
+
+    ttft: Time | None = None
+    tpot: Time | None = None
+
+
+def _ascending(sizes: list[int]) -> list[int]:
+    if sorted(set(sizes)) != sizes:
+        raise ValueError(f"{sizes} must rise without repeats; write e.g. {sorted(set(sizes))}")
+    return sizes
+
+
+class WorkloadSpec(StrictModel):
+    """Static batches: each batch size is run `num_batches` times, on consecutive requests of the trace."""
+
+    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(_ascending)] = [1, 8, 32]
+    num_batches: PositiveInt = 1
+    max_output_tokens: PositiveInt | None = None
+    slo: SloSpec = SloSpec()
+
+
+class SimulationSpec(StrictModel):
+    """Which engine, and how many decode steps of the first batch the timeline shows."""
+
+    fidelity: Literal["event", "analytic", "simpy"] = "event"
+    timeline_decode_steps: NonNegativeInt = 3
+
+
+class ScenarioSpec(StrictModel):
+    """A scenario, with its model and cluster written out."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    model: ModelSpec
+    cluster: ClusterSpec
+    trace: TraceSpec
+    placement: PlacementSpec = ContiguousSpec()
+    homes: HomesSpec = HomesSpec()
+    transmission: TransmissionSpec = TransmissionSpec()
+    workload: WorkloadSpec = WorkloadSpec()
+    simulation: SimulationSpec = SimulationSpec()
