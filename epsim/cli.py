@@ -62,11 +62,13 @@ def simulate(
     json_output: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
 ) -> None:
     """Simulate a scenario: TTFT, TPOT and where the time goes, per batch size."""
-    from epsim.report.files import to_json, write_run
+    from epsim.report.files import check_folder, to_json, write_run
     from epsim.report.tables import simulation_tables
     from epsim.run import count_steps, simulate
     from epsim.scenario import load_scenario
 
+    if out is not None:
+        check_folder(out)
     spec = load_scenario(scenario, overrides or ())
     with _progress(lambda: count_steps(spec), spec.name) as advance:
         outcome = simulate(spec, advance)
@@ -100,10 +102,12 @@ def compare(
 ) -> None:
     """Simulate a grid of scenarios and print the differences to a baseline, best first."""
     from epsim.compare import compare, parse_axes, parse_baseline
-    from epsim.report.files import write_csv
+    from epsim.report.files import check_file, write_csv
     from epsim.report.tables import comparison_tables
     from epsim.scenario import load_raw
 
+    if csv is not None:
+        check_file(csv)
     axes = parse_axes(axis)
     reference = parse_baseline(baseline, axes)
     raw = load_raw(scenario, overrides or ())
@@ -119,9 +123,9 @@ def schema() -> None:
     """Print the JSON schema of a scenario (for editors: yaml-language-server)."""
     import json
 
-    from epsim.scenario import ScenarioSpec
+    from epsim.scenario import scenario_schema
 
-    typer.echo(json.dumps(ScenarioSpec.model_json_schema(), indent=2))
+    typer.echo(json.dumps(scenario_schema(), indent=2))
 
 
 @scenario_app.command()
@@ -178,22 +182,22 @@ def make(
     compress: Annotated[bool, typer.Option("--compress", help="Compress with zstd, for shipping.")] = False,
 ) -> None:
     """Write the trace that a scenario draws or names to a file."""
-    from epsim.run import trace_of
+    from epsim.report.files import check_file
+    from epsim.run import write_trace
     from epsim.scenario import load_scenario
-    from epsim.trace.writer import copy_trace
 
-    trace = trace_of(load_scenario(scenario, overrides or ()))
-    copy_trace(trace, output, compression="zstd" if compress else None)
-    typer.echo(f"wrote {output}: {trace.num_tokens} tokens, {trace.meta.origin}", err=True)
+    write_trace(load_scenario(scenario, overrides or ()), output, compress=compress)
+    typer.echo(f"wrote {output}", err=True)
 
 
 def _print(renderable: Any) -> None:
     """Print tables: as wide as the terminal, or in full where the output is not one."""
     from rich.console import Console
 
-    console = Console()
+    options: dict[str, Any] = {"markup": False, "emoji": False}  # names are the user's
+    console = Console(**options)
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(**options, width=1000)
     console.print(renderable)
 
 
@@ -226,8 +230,13 @@ def main() -> None:
     except EpsimError as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"epsim: {error}", err=True)
+        typer.echo(f"epsim: {' '.join(str(error).splitlines())}", err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except MemoryError:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo("epsim: not enough memory on this machine; use smaller batches or shorter requests", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

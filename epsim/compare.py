@@ -2,14 +2,14 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-
-import yaml
 
 from epsim.errors import ScenarioError
 from epsim.run import simulate
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
+from epsim.scenario.yaml_text import parse_yaml
 
 _METRICS = {"ttft_s": "mean", "tpot_s": "mean", "e2e_s": "mean", "output_tokens_per_s": None}
 Axes = dict[str, list[Any]]
@@ -28,21 +28,36 @@ def parse_axes(texts: Iterable[str]) -> Axes:
             raise ScenarioError(f'--axis "{text}": write path=value,value, e.g. transmission.mode=sync,async')
         if target.strip() in axes:
             raise ScenarioError(f'--axis "{text}": this axis is there twice; put all its values into one')
-        try:
-            axes[target.strip()] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError as error:
-            raise ScenarioError(f'--axis "{text}": the values are not YAML; quote them') from error
+        listed = _values(f"[{values}]", f'--axis "{text}"')
+        if any(value in listed[:i] for i, value in enumerate(listed)):
+            raise ScenarioError(f'--axis "{text}": a value is there twice; write each once')
+        axes[target.strip()] = listed
     return axes
 
 
+def _values(text: str, where: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ScenarioError(f"{where}: not YAML ({error}); write values as in a file, quoted if need be") from error
+
+
 def parse_baseline(text: str | None, axes: Axes) -> dict[str, Any]:
-    """Return the value of each axis in the baseline, `path=value,path=value`; axes left out take their first value."""
+    """Return the value of each axis in the baseline, `path=value,path=value`; axes left out take their first value.
+
+    >>> parse_baseline("a=2", {"a": [1, 2], "b": [3]})
+    {'a': 2, 'b': 3}
+    """
     baseline = {target: values[0] for target, values in axes.items()}
-    for pair in text.split(",") if text else ():
+    for pair in re.split(r",(?=[^,=]+=)", text) if text is not None else ():  # a value may hold commas
         target, equals, value = pair.partition("=")
         if not equals or target.strip() not in axes:
-            raise ScenarioError(f'--baseline "{pair}": write axis=value with one of the axes {", ".join(axes)}')
-        baseline[target.strip()] = yaml.safe_load(value)
+            raise ScenarioError(f'--baseline "{pair}": not an axis; write path=value, path one of {", ".join(axes)}')
+        where = f'--baseline "{pair}"'
+        baseline[target.strip()] = chosen = _values(value, where)
+        if chosen not in axes[target.strip()]:
+            known = ", ".join(map(str, axes[target.strip()]))
+            raise ScenarioError(f"{where}: not a value of this axis; write one of {known}")
     return baseline
 
 
@@ -59,11 +74,9 @@ def compare(
     All combinations are checked before the first is simulated.
     """
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    if dict(baseline) not in combinations:
-        raise ScenarioError(
-            f"--baseline: {_name(baseline)} is not a combination of the axes; take one of their values each"
-        )
     specs = [_with(raw, combination) for combination in combinations]
+    if any(spec.workload.batch_sizes != specs[0].workload.batch_sizes for spec in specs):
+        raise ScenarioError("--axis: the batch sizes differ; write them all with --set workload.batch_sizes=[...]")
     rows = []
     for combination, spec in zip(combinations, specs, strict=True):
         for size in simulate(spec, advance).results["batch_sizes"]:
@@ -83,7 +96,7 @@ def compare(
 def _with(raw: dict[str, Any], combination: Mapping[str, Any]) -> ScenarioSpec:
     own = copy.deepcopy(raw)
     for target, value in combination.items():
-        apply_override(own, target, value)
+        apply_override(own, target, value, origin="--axis")
     return check_scenario(own)
 
 
@@ -93,7 +106,3 @@ def _add_changes(rows: Sequence[dict[str, Any]]) -> None:
         for metric in _METRICS:
             value, reference = row[metric], base[row["batch_size"]][metric]
             row[f"{metric}_change_percent"] = None if value is None or not reference else 100 * (value / reference - 1)
-
-
-def _name(combination: Mapping[str, Any]) -> str:
-    return ",".join(f"{target}={value}" for target, value in combination.items())

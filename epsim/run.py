@@ -1,10 +1,11 @@
 """The composition root: a `ScenarioSpec` becomes domain objects (`assemble`), and these an `Outcome` (`simulate`)."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from epsim.scenario.spec import (
     FileTraceSpec,
     PublishedTraceSpec,
     ScenarioSpec,
+    SyntheticTraceSpec,
     TraceSpec,
     TransmissionSpec,
     WorkloadSpec,
@@ -28,8 +30,8 @@ from epsim.scenario.spec import (
 )
 from epsim.sim import Execution, StepPlanner, Transmission
 from epsim.sim.slices import Slice, slices_of
-from epsim.trace import TraceShape, TraceSource, concatenate, synthetic
-from epsim.trace.file import TraceFile
+from epsim.trace import RoutingTrace, TraceShape, TraceSource, concatenate, synthetic
+from epsim.trace.file import TraceFile, TraceWriter, copy_trace
 from epsim.trace.statistics import expert_load
 from epsim.traffic import MessageFormat, TrafficCounter
 
@@ -116,9 +118,14 @@ def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSou
     """Open the trace file, or draw the synthetic trace with `num_requests` unless the spec says how many."""
     if isinstance(spec, FileTraceSpec):
         return TraceFile.open(Path(spec.path))
+    return concatenate(list(_draw_trace(spec, model, num_requests)))
+
+
+def _draw_trace(spec: SyntheticTraceSpec, model: ModelCard, num_requests: int) -> Iterator[RoutingTrace]:
+    """Return the synthetic trace piece by piece."""
     shape = TraceShape(layer_ids=model.moe_layer_ids, num_experts=model.num_experts, topk=model.topk)
-    num_requests = spec.requests or num_requests
     options: dict[str, Any] = {"shape": shape, "seed": spec.seed, "model": model.name}
+    num_requests = spec.requests or num_requests
     if isinstance(spec, PublishedTraceSpec):
         workload = synthetic.published_workload(
             spec.benchmark,
@@ -127,7 +134,7 @@ def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSou
             num_text_tokens=spec.text_tokens,
             num_decode_tokens=None if spec.output_tokens is None else spec.output_tokens - 1,
         )
-        return concatenate(list(synthetic.published(spec.benchmark, spec.method, workload=workload, **options)))
+        return synthetic.published(spec.benchmark, spec.method, workload=workload, **options)
     workload = synthetic.SyntheticWorkload(
         num_requests=num_requests,
         num_vision_tokens=spec.vision_tokens,
@@ -135,13 +142,22 @@ def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSou
         num_decode_tokens=spec.output_tokens - 1,
     )
     if isinstance(spec, ZipfTraceSpec):
-        return concatenate(list(synthetic.zipf(workload=workload, exponent=spec.exponent, **options)))
-    return concatenate(list(synthetic.uniform(workload=workload, **options)))
+        return synthetic.zipf(workload=workload, exponent=spec.exponent, **options)
+    return synthetic.uniform(workload=workload, **options)
 
 
-def trace_of(spec: ScenarioSpec) -> TraceSource:
-    """Return the trace that a scenario names or draws."""
-    return open_trace(spec.trace, ModelCard.from_mapping(spec.model.model_dump()), num_requests_needed(spec.workload))
+def write_trace(spec: ScenarioSpec, path: Path, *, compress: bool) -> None:
+    """Write the trace that a scenario draws or names to a file, piece by piece."""
+    compression: Literal["zstd"] | None = "zstd" if compress else None
+    if isinstance(spec.trace, FileTraceSpec):
+        copy_trace(TraceFile.open(Path(spec.trace.path)), path, compression)
+        return
+    model = ModelCard.from_mapping(spec.model.model_dump())
+    parts = _draw_trace(spec.trace, model, num_requests_needed(spec.workload))
+    first = next(parts)
+    with TraceWriter(path, first.meta, compression=compression) as writer:
+        for part in itertools.chain([first], parts):
+            writer.write(part)
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""What crosses between devices: from routed expert ids to tokens, pairs and activated experts per layer, source, destination.
+"""What crosses between devices: from routed expert ids to tokens, pairs and activated experts.
 
 `TrafficCounter` makes a `StepTraffic` (counts) of one prefill or decode step; `MessageFormat` turns counts into bytes.
 Letters: T tokens, L MoE layers, K top-k, E logical experts, P slots, R devices (source, then destination), N nodes,

@@ -19,28 +19,40 @@ def _scaled(*suffixes: tuple[str, float], binary: bool = False) -> dict[str, flo
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """A kind of quantity: the unit names it accepts, each with its factor to SI, and an example for messages."""
+    """A kind of quantity: the unit names it accepts, each with its factor to SI, and an example for messages.
+
+    written: the units that `format_quantity` chooses from, the SI unit first.
+    """
 
     noun: str
     example: str
     factors: dict[str, float]
+    written: tuple[str, ...]
 
 
 TIME = Quantity(
     noun="a time",
     example="5 us",
     factors={"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0},
+    written=("s", "ms", "us", "ns"),
 )
-SIZE = Quantity(noun="a size", example="64 GB", factors=_scaled(("B", 1.0), binary=True))
+SIZE = Quantity(
+    noun="a size",
+    example="64 GB",
+    factors=_scaled(("B", 1.0), binary=True),
+    written=("B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB"),
+)
 RATE = Quantity(
     noun="a rate",
     example="10 Gbit/s",
     factors=_scaled(("B/s", 1.0), ("bit/s", 0.125), ("bps", 0.125), binary=True),
+    written=("B/s", "kB/s", "MB/s", "GB/s", "TB/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"),
 )
 FLOP_RATE = Quantity(
     noun="a FLOP rate",
     example="42.5 TFLOP/s",
     factors=_scaled(("FLOP/s", 1.0), ("FLOPS", 1.0), ("flops", 1.0)),
+    written=("FLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s"),
 )
 
 _NUMBER_AND_UNIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S*)\s*")
@@ -64,11 +76,34 @@ def parse(text: str, quantity: Quantity) -> float:
     factor = quantity.factors.get(match[2]) if match else None
     if match is None or factor is None:
         raise ValueError(f'"{text}" is not {quantity.noun}; write e.g. "{quantity.example}"')
-    # Division by the exact inverse keeps 50 us == 5e-05; multiplying by 1e-6 would not.
-    value = float(match[1]) * factor if factor >= 1 else float(match[1]) / (1 / factor)
+    # Division by the whole inverse keeps 470 ns == 4.7e-07; multiplying by 1e-9 would not.
+    value = float(match[1]) * factor if factor >= 1 else float(match[1]) / round(1 / factor)
     if not math.isfinite(value):
         raise ValueError(f'"{text}" is too large; write e.g. "{quantity.example}"')
     return value
+
+
+def format_quantity(value: float, quantity: Quantity) -> str:
+    """Return an SI value as text that `parse` turns back into exactly this value.
+
+    >>> format_quantity(1.25e9, RATE)
+    '10 Gbit/s'
+    >>> format_quantity(5e-05, TIME)
+    '50 us'
+    """
+    texts = [
+        f"{number} {unit}"
+        for unit in quantity.written
+        for number in (f"{value / quantity.factors[unit]:.12g}", repr(value / quantity.factors[unit]))
+        if "inf" not in number and parse(f"{number} {unit}", quantity) == value
+    ]
+    return min(texts, key=_awkwardness)
+
+
+def _awkwardness(text: str) -> tuple[bool, bool, int]:
+    """People like numbers from 1 to 1000, without exponent, short."""
+    number = text.split()[0]
+    return not 1 <= abs(float(number)) < 1000, "e" in number, len(number)
 
 
 _TIME_STEPS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))

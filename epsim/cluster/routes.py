@@ -1,5 +1,6 @@
 """Routes over the graph of a cluster: `shortest_routes`, which shares out equal-cost paths."""
 
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -52,13 +53,17 @@ def _paths_from(halved: nx.DiGraph, source: str, targets: Sequence[str]) -> list
     return [paths_to((target, "in")) if (target, "in") in predecessors else [] for target in targets]
 
 
+def _flow_hash(source: str, destination: str) -> int:
+    return zlib.crc32(f"{source}>{destination}".encode())
+
+
 def shortest_routes(graph: nx.MultiDiGraph, devices: Sequence[str]) -> list[list[list[int]]]:
     """Return the link indices of the route of each ordered pair of devices: routes[src][dst].
 
     A route has the least number of links and passes through nics and switches only: devices do not forward.
     Where n paths are equally short (equal-cost multipath), they are ordered lexicographically by the names of
-    the vertices and links on them, and the pair (src, dst) takes number (src + dst) % n. A device's route
-    to itself is empty.
+    the vertices and links on them, and a pair takes number crc32("source>destination") % n: a fixed hash of the flow,
+    as switches take one, so that flows can collide as they do there. A device's route to itself is empty.
 
     Args:
         graph: Vertices are names; edges have the attributes `link` (the index to return) and `name`.
@@ -80,5 +85,5 @@ def shortest_routes(graph: nx.MultiDiGraph, devices: Sequence[str]) -> list[list
                     f'cluster.links: no route from "{source}" to "{devices[dst]}"; devices do not forward: '
                     "write links that join the two directly or through nics and switches"
                 )
-            routes[src][dst] = [order[number][2] for number in paths[(src + dst) % len(paths)]]
+            routes[src][dst] = [order[number][2] for number in paths[_flow_hash(source, devices[dst]) % len(paths)]]
     return routes

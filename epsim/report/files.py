@@ -6,6 +6,7 @@ Each file appears whole or not at all, and only after all contents have been mad
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from epsim.atomic import whole_file, write_errors
+from epsim.errors import OutputError
 from epsim.metrics import StepRecord
 from epsim.report.timeline import TimelineSlice, timeline
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OutputError if files can surely not be written into a folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{folder}: {there} is not a folder; name another path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: {there} is not writable; name another path")
+
+
+def check_file(path: Path) -> None:
+    """Raise OutputError if a file can surely not be written: it is a folder, or there is none to write it into."""
+    if path.is_dir():
+        raise OutputError(f"{path}: it is a directory; name a file to write")
+    if not path.parent.exists():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it, or name another path")
+    check_folder(path.parent)
 
 
 def to_json(content: Any) -> str:

@@ -87,7 +87,7 @@ def _balancedness(phase: dict[str, Any] | None) -> str:
 
 def _ratio_table(sizes: list[dict[str, Any]]) -> Table:
     table = _table(
-        "\nTransfer ratios in % (V vision, T text tokens): remote (token, expert) pairs, no dedup | remote tokens, dedup",
+        "\nTransfer ratios in % (V vision, T text): remote (token, expert) pairs, no dedup | remote tokens, dedup",
         "batch", *_RATIO_COLUMNS.values(), *(f"| {name}" for name in _RATIO_COLUMNS.values()),
     )  # fmt: skip
     for size in sizes:

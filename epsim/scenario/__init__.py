@@ -1,6 +1,21 @@
 """Scenarios: the YAML that people write (`ScenarioSpec`) and how it is loaded (`load_scenario`)."""
 
-from epsim.scenario.load import apply_override, check_scenario, load_raw, load_scenario, split_override
+from epsim.scenario.load import (
+    apply_override,
+    check_scenario,
+    load_raw,
+    load_scenario,
+    scenario_schema,
+    split_override,
+)
 from epsim.scenario.spec import ScenarioSpec
 
-__all__ = ["ScenarioSpec", "apply_override", "check_scenario", "load_raw", "load_scenario", "split_override"]
+__all__ = [
+    "ScenarioSpec",
+    "apply_override",
+    "check_scenario",
+    "load_raw",
+    "load_scenario",
+    "scenario_schema",
+    "split_override",
+]

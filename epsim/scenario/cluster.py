@@ -4,6 +4,7 @@ Only single fields are checked here; what one field says of another (a link to a
 where the cluster is built. `model_dump()` gives plain values in SI units.
 """
 
+import math
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
@@ -12,7 +13,16 @@ from epsim.scenario.base import FlopRate, Fraction, PositiveInt, Rate, Size, Str
 
 _Name = Annotated[str, StringConstraints(min_length=1)]
 _Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-_Each = dict[_Variable, PositiveInt]
+_MAX_COPIES = 65536
+
+
+def _countable(each: dict[str, int]) -> dict[str, int]:
+    if math.prod(each.values()) > _MAX_COPIES:
+        raise ValueError(f"{each} repeats the entry {math.prod(each.values())} times; write at most {_MAX_COPIES}")
+    return each
+
+
+_Each = Annotated[dict[_Variable, PositiveInt], AfterValidator(_countable)]
 
 
 def _has_bf16(flops: dict[str, float]) -> dict[str, float]:

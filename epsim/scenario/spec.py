@@ -1,8 +1,8 @@
 """The YAML of a scenario: `ScenarioSpec` and its sections. It knows fields and their ranges, no domain class."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from epsim.scenario.base import NonNegativeInt, PositiveInt, StrictModel, Time
 from epsim.scenario.cluster import ClusterSpec
@@ -35,12 +35,18 @@ class UniformTraceSpec(_SyntheticTraceSpec):
     text_tokens: NonNegativeInt = 128
     output_tokens: PositiveInt = 32
 
+    @model_validator(mode="after")
+    def _prompts_have_tokens(self) -> Self:
+        if not self.vision_tokens + self.text_tokens:
+            raise ValueError("text_tokens 0 and vision_tokens 0 leave no prompt; write at least 1 of either")
+        return self
+
 
 class ZipfTraceSpec(UniformTraceSpec):
     """Expert popularity rank^-exponent, another order in each layer."""
 
     kind: Literal["zipf"]  # type: ignore[assignment]
-    exponent: Annotated[float, Field(ge=0, le=10, strict=False)] = 1.0
+    exponent: Annotated[float, Field(ge=0, le=10)] = 1.0
 
 
 class PublishedTraceSpec(_SyntheticTraceSpec):
@@ -54,9 +60,8 @@ class PublishedTraceSpec(_SyntheticTraceSpec):
     output_tokens: PositiveInt | None = None
 
 
-TraceSpec = Annotated[
-    FileTraceSpec | UniformTraceSpec | ZipfTraceSpec | PublishedTraceSpec, Field(discriminator="kind")
-]
+SyntheticTraceSpec = UniformTraceSpec | ZipfTraceSpec | PublishedTraceSpec
+TraceSpec = Annotated[FileTraceSpec | SyntheticTraceSpec, Field(discriminator="kind")]
 
 
 class ContiguousSpec(StrictModel):
@@ -131,7 +136,9 @@ def _ascending(sizes: list[int]) -> list[int]:
 class WorkloadSpec(StrictModel):
     """Static batches: each batch size is run `num_batches` times, on consecutive requests of the trace."""
 
-    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(_ascending)] = [1, 8, 32]
+    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(_ascending)] = Field(
+        default_factory=lambda: [1, 8, 32]
+    )
     num_batches: PositiveInt = 1
     max_output_tokens: PositiveInt | None = None
     slo: SloSpec = SloSpec()

@@ -23,7 +23,8 @@ from epsim.sim.step import Floats, StepPlan, StepResult
 # from home to gateway, `forward` from gateway to device (for pair [home, device]); far_F: the pair goes by a gateway.
 _Network = namedtuple(
     "_Network",
-    "routes_RRH rate_X latency_X overhead_X segment_bytes home_F device_F far_F gateway_F node_F node_home_F node_gateway_F",
+    "routes_RRH rate_X latency_X overhead_X segment_bytes "
+    "home_F device_F far_F gateway_F node_F node_home_F node_gateway_F",
 )
 
 
@@ -93,7 +94,7 @@ def _network(plan: StepPlan, cluster: Cluster) -> _Network:
 
 
 def _kv_flows(plan: StepPlan, front_end_LR: Floats, device_end_s_R: Floats) -> tuple[Floats, Floats]:
-    """Return bytes and release times of the KV messages, a row per message of each flow: by layer, or all at the end."""
+    """Return bytes and release times of the KV messages [messages of a flow, F]: by layer, or all at the end."""
     kv_bytes_LRR, ready_LR = plan.kv_bytes_LRR, front_end_LR
     if not plan.overlap_kv:
         kv_bytes_LRR, ready_LR = kv_bytes_LRR.sum(axis=0, keepdims=True), device_end_s_R[None]
@@ -277,7 +278,7 @@ def _sync(front_s_LR, experts_s_LR, exchange, network):  # type: ignore[no-untyp
 
 @numba.njit(cache=True)
 def _async(front_s_LR, local_s_LR, remote_s_LFC, exchange, network):  # type: ignore[no-untyped-def]
-    """Local experts at once, then what has arrived in the order of arrival; the next layer when all is back and served."""
+    """Local experts at once, then what has arrived, in that order; the next layer when all is back and served."""
     num_layers, num_devices = front_s_LR.shape
     out_LFC, back_LFC, node_out_LFC, node_back_LFC = exchange
     num_chunks = out_LFC.shape[2]

@@ -131,7 +131,7 @@ def _execute(  # type: ignore[no-untyped-def]
 
     now = 0.0
     while True:
-        # 1. Tell successors of completed tasks; what becomes ready queues for its device or link, or completes (barrier).
+        # 1. Tell successors of completed tasks; what is ready queues for its device or link, or completes (barrier).
         while len(stack) > 0:
             item = stack.pop()
             if item < 0:

@@ -241,7 +241,7 @@ def _forward(b: _Builder, plan: StepPlan, index: tuple[Ints, ...], at_gateway_LC
 
 
 def _add_node_messages(b: _Builder, plan: StepPlan, work: Work, bytes_LCRN: Floats) -> Ints:
-    """Add one message per (layer, chunk, home, node) with bytes, between home and gateway; ids [L, C, R, N], else -1."""
+    """Add a message per (layer, chunk, home, node) with bytes, between home and gateway; ids [L, C, R, N], else -1."""
     assert plan.gateway_RN is not None
     layer, chunk, home, node = (i.astype(np.int64) for i in np.nonzero(bytes_LCRN))
     gateway = plan.gateway_RN[home, node].astype(np.int64)

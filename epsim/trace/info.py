@@ -1,6 +1,7 @@
 """What a trace file holds, in words and numbers: `summarise`."""
 
 import numpy as np
+import numpy.typing as npt
 
 from epsim.trace.file import TraceFile
 from epsim.units import format_size
@@ -9,10 +10,11 @@ from epsim.units import format_size
 def summarise(trace: TraceFile) -> dict[str, str]:
     """Return what there is to know without reading the routing: shape, origin, requests, tokens by kind, columns."""
     meta, table = trace.meta, trace.requests
-    prefill, vision, decode = (
-        int(column_Q.sum())
-        for column_Q in (table.num_prefill_tokens_Q, table.num_vision_tokens_Q, table.num_decode_tokens_Q)
-    )
+    prefill = int(table.num_prefill_tokens_Q.sum())
+    vision = int(table.num_vision_tokens_Q.sum())
+    shape = f"{meta.num_layers} MoE layers x top-{meta.topk} of {meta.num_experts} experts"
+    lengths = f"prompt {_range(table.num_prefill_tokens_Q)} tokens, decode {_range(table.num_decode_tokens_Q)}"
+    kinds = f"prefill vision {vision}, prefill text {prefill - vision}, decode {trace.num_tokens - prefill}"
     return {
         "file": f"{trace.name} ({format_size(trace.path.stat().st_size)}, format {meta.format_version})",
         "origin": meta.origin + (", from mock tokens" if meta.mock else ""),
@@ -20,9 +22,9 @@ def summarise(trace: TraceFile) -> dict[str, str]:
         "seed": "-" if meta.seed is None else str(meta.seed),
         "software": meta.software,
         "model": meta.model or "-",
-        "routing": f"{meta.num_layers} MoE layers x top-{meta.topk} of {meta.num_experts} experts, layer ids {_ids(meta.layer_ids)}",
-        "requests": f"{len(table.request_id_Q)}, prompt {_range(table.num_prefill_tokens_Q)} tokens, decode {_range(table.num_decode_tokens_Q)}",
-        "tokens": f"{trace.num_tokens}: prefill vision {vision}, prefill text {prefill - vision}, decode {decode}",
+        "routing": f"{shape}, layer ids {_ids(meta.layer_ids)}",
+        "requests": f"{len(table)}, {lengths}",
+        "tokens": f"{trace.num_tokens}: {kinds}",
         "columns": ", ".join(trace.columns),
     }
 
@@ -32,6 +34,6 @@ def _ids(layer_ids: tuple[int, ...]) -> str:
     return f"{layer_ids[0]} to {layer_ids[-1]}" if contiguous else ", ".join(map(str, layer_ids))
 
 
-def _range(values_Q: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str:
+def _range(values_Q: npt.NDArray[np.integer]) -> str:
     low, high = int(values_Q.min()), int(values_Q.max())
     return str(low) if low == high else f"{low} to {high}"

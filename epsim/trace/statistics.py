@@ -1,4 +1,4 @@
-"""Statistics of a routing trace over all its batches: `expert_load`. Letters: L MoE layers, E experts, K top-k, T tokens."""
+"""Statistics of a routing trace over all its batches: `expert_load`. Letters: L MoE layers, E experts, K top-k."""
 
 import numba
 import numpy as np

@@ -8,14 +8,13 @@ layers, K top-k, E experts.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.special import betaln, comb
 
 from epsim import __version__
 from epsim.errors import TraceError
@@ -174,23 +173,32 @@ def remote_count_chances(topk: int, pairs_frac: float, tokens_frac: float) -> ND
     """
     if not 0 < pairs_frac < 1 or tokens_frac < pairs_frac:
         raise TraceError(f"transfer ratios {pairs_frac}, {tokens_frac}: must be 0 < pairs < 1 and pairs <= tokens")
-    n = np.arange(topk + 1)
-    ways = comb(topk, n)
+    low, high = -12.0, 12.0  # of the logarithm of the concentration
+    if tokens_frac >= 1 - _beta_binomial(topk, pairs_frac, high)[0]:
+        return _beta_binomial(topk, pairs_frac, np.inf)
+    # The chance of 0 falls as the concentration rises: halve the interval until it cannot be halved. (SciPy's root
+    # finders would do, but loading them takes as long as the whole simulation of a small scenario.)
+    while low < (middle := (low + high) / 2) < high:
+        if 1 - _beta_binomial(topk, pairs_frac, middle)[0] < tokens_frac:
+            low = middle
+        else:
+            high = middle
+    return _beta_binomial(topk, pairs_frac, low)
 
-    def beta_binomial(log_concentration: float) -> NDArray[np.float64]:
-        a = np.exp(log_concentration) * pairs_frac
-        b = np.exp(log_concentration) * (1 - pairs_frac)
-        chances: NDArray[np.float64] = ways * np.exp(betaln(n + a, topk - n + b) - betaln(a, b))
-        return chances
 
-    def excess(log_concentration: float) -> float:
-        return float(1 - beta_binomial(log_concentration)[0] - tokens_frac)
-
-    low, high = -12.0, 12.0
-    if excess(high) <= 0:
-        binomial: NDArray[np.float64] = ways * pairs_frac**n * (1 - pairs_frac) ** (topk - n)
+def _beta_binomial(size: int, mean_frac: float, log_concentration: float) -> NDArray[np.float64]:
+    """Return the chances of 0 to `size` successes, [size + 1]; binomial at infinite concentration."""
+    ways = np.array([math.comb(size, n) for n in range(size + 1)], dtype=np.float64)
+    n = np.arange(size + 1)
+    if np.isinf(log_concentration):
+        binomial: NDArray[np.float64] = ways * mean_frac**n * (1 - mean_frac) ** (size - n)
         return binomial
-    return beta_binomial(low if excess(low) >= 0 else brentq(excess, low, high))
+    a, b = math.exp(log_concentration) * np.array([mean_frac, 1 - mean_frac])
+    # B(n + a, size - n + b) / B(a, b) is a product of three rising factorials: of a, of b, and one over that of a + b.
+    rising_a = np.concatenate(([1.0], np.cumprod(a + np.arange(size))))
+    rising_b = np.concatenate(([1.0], np.cumprod(b + np.arange(size))))
+    chances: NDArray[np.float64] = ways * rising_a * rising_b[::-1] / np.prod(a + b + np.arange(size))
+    return chances
 
 
 def _generate(meta: TraceMeta, workload: SyntheticWorkload, route: Route) -> Iterator[RoutingTrace]:

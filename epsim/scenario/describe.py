@@ -1,0 +1,182 @@
+"""One line on a mistake in a scenario: `describe` turns pydantic's first error into path, value, rule and mend."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from epsim.scenario.spec import ScenarioSpec
+
+Keys = Sequence[str | int]
+
+
+def describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
+    """Return one line on the first mistake that pydantic found in `raw`."""
+    first, *others = error.errors(include_url=False)
+    keys = _real_keys(first["loc"], raw)
+    if first["type"].startswith("union_tag"):
+        keys.append(first["ctx"]["discriminator"].strip("'"))
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{join(keys) or 'scenario'}: {_rule(first, keys)}{more}"
+
+
+def _rule(error: ErrorDetails, keys: Keys) -> str:
+    """Return value, rule and mend."""
+    given, context = show(error["input"]), error.get("ctx", {})
+    match error["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "missing":
+            fields = _mapping_example(_node_at(error["loc"]), "")
+            return "is missing; write it" + (f", e.g. {fields}" if fields else "")
+        case "extra_forbidden":
+            return "is not a known field" + closest(str(keys[-1]), _fields(_node_at(error["loc"][:-1])))
+        case "literal_error":
+            return f"{given} is not known; write {_plain(context['expected'])}"
+        case "union_tag_invalid":
+            return f"{show(context['tag'])} is not known; write one of {_plain(context['expected_tags'])}"
+        case "union_tag_not_found":
+            return f"is missing; write one of {', '.join(_tags(_node_at(error['loc'])))}"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            example = _mapping_example(_node_at(error["loc"]), error["input"])
+            return f"{given} is not a mapping of fields" + (f"; write e.g. {example}" if example else "")
+        case "too_short" | "string_too_short":
+            return f"{given} is empty; write at least one " + ("entry" if error["type"] == "too_short" else "character")
+        case _:
+            return f"{given} {_type_rule(error)}"
+
+
+def _type_rule(error: ErrorDetails) -> str:
+    """Return what is wrong with the type or size of a plain value."""
+    value, context = error["input"], error.get("ctx", {})
+    match error["type"]:
+        case "string_type" | "invalid_key":
+            return "is not text; write text, in quotes if it looks like a number"
+        case "int_type":
+            return f"is not a whole number; write e.g. {_whole(value)}"
+        case "float_type" | "finite_number":
+            return "is not a finite number; write e.g. 0.5"
+        case "bool_type":
+            return "is neither true nor false; write one of them, without quotes"
+        case "list_type":
+            return (
+                f"is not a list; write e.g. [{value}]" if isinstance(value, int | str) else "is not a list; write one"
+            )
+        case "greater_than":
+            return f"is not above {context['gt']}; write a larger number"
+        case "greater_than_equal":
+            return f"is below {context['ge']}; write {context['ge']} or more"
+        case "less_than" | "less_than_equal":
+            limit = context.get("le", context.get("lt", 0) - 1)
+            return f"is above {limit}; write {limit} or less"
+        case "string_pattern_mismatch":
+            return "is not a name; write letters, digits and _, a letter first"
+        case "recursion_loop":
+            return "holds itself; write it out without the YAML alias"
+        case _:
+            return f"does not fit: {error['msg']}"
+
+
+def _whole(value: Any) -> int:
+    """Return the whole number that was perhaps meant."""
+    try:
+        return max(1, int(float(value)))
+    except (TypeError, ValueError, OverflowError):
+        return 1
+
+
+def _plain(names: str) -> str:
+    return names.replace("'", "")
+
+
+def _real_keys(location: Keys, raw: Any) -> list[str | int]:
+    """Drop what pydantic puts among the keys: the tags of discriminated unions, and a mark on keys."""
+    keys: list[str | int] = []
+    holder = raw
+    for i, key in enumerate(location):
+        is_tag = isinstance(holder, dict) and key not in holder and key in (holder.get("kind"), holder.get("policy"))
+        if (is_tag and i < len(location) - 1) or key == "[key]":
+            continue
+        keys.append(key)
+        if isinstance(holder, dict):
+            holder = holder.get(key)
+        elif isinstance(holder, list) and isinstance(key, int) and key < len(holder):
+            holder = holder[key]
+    return keys
+
+
+def _node_at(location: Keys) -> dict[str, Any]:
+    """Return what the JSON schema says of the field at a location of pydantic's."""
+    schema = ScenarioSpec.model_json_schema()
+    node: dict[str, Any] = schema
+    for key in location:
+        node = _child(node, key, schema)
+    return _resolve(node, schema)
+
+
+def _resolve(node: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
+    while isinstance(node, dict) and "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node if isinstance(node, dict) else {}
+
+
+def _child(node: Any, key: str | int, schema: Mapping[str, Any]) -> Any:
+    node = _resolve(node, schema)
+    for option in (node, *(_resolve(option, schema) for option in (*node.get("anyOf", ()), *node.get("oneOf", ())))):
+        if "discriminator" in option and key in option["discriminator"]["mapping"]:
+            return {"$ref": option["discriminator"]["mapping"][key]}
+        if isinstance(key, int) and "items" in option:
+            return option["items"]
+        if key in option.get("properties", {}):
+            return option["properties"][key]
+        if isinstance(option.get("additionalProperties"), dict):
+            return option["additionalProperties"]
+    return {}
+
+
+def _fields(node: Mapping[str, Any]) -> list[str]:
+    return sorted(node.get("properties", {}))
+
+
+def _tags(node: Mapping[str, Any]) -> list[str]:
+    return list(node.get("discriminator", {}).get("mapping", {}))
+
+
+def _mapping_example(node: Mapping[str, Any], value: object) -> str:
+    """Return a short mapping that fits the schema at a place, or nothing."""
+    if tags := _tags(node):
+        return f"{{{node['discriminator']['propertyName']}: {value if value in tags else tags[0]}}}"
+    fields = node.get("required") or list(node.get("properties", {}))
+    return f"{{{fields[0]}: ...}}" if fields else ""
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """Return which of the known names was perhaps meant, or else all of them if they are few."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f'; did you mean "{close[0]}"?'
+    return f"; known are {', '.join(known)}" if known and len(known) < 20 else ""
+
+
+def join(keys: Keys) -> str:
+    """Return keys as a path.
+
+    >>> join(["cluster", "links", 2, "bandwidth"])
+    'cluster.links[2].bandwidth'
+    """
+    text = ""
+    for key in keys:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
+    return text
+
+
+def show(value: object) -> str:
+    """Return a value as the user wrote it, short enough for a line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "..."
