@@ -1,9 +1,10 @@
 """The closed form of a step: `simulate_analytic`, formulas over layers and pairs of devices, without events.
 
-Written apart from the event engine, as its oracle. Where no link is contended the two agree to rounding. Where flows
-share links in an exchange (all dispatches of a layer, say), each gets, on the link of its route that the exchange holds
-longest, the share of the bandwidth that its bytes are of all bytes there, so that they end together: about right for
-the end of an exchange, late for its early arrivals; flows of different exchanges do not see each other.
+Written apart from the event engine, as its oracle: where no two flows of an exchange (all dispatches of a layer, say)
+share a link, and none waits for another, the two agree to rounding. Flows of an exchange that share links get, on the
+link of their route that the exchange holds longest, the share of the bandwidth that their bytes are of all bytes there,
+so that they end together: about right for the end of an exchange, late for its early arrivals. Flows of different
+exchanges do not see each other.
 
 A message of S equal segments over links 1..H is a tandem queue: segment k leaves link h at
 D(k, h) = max(D(k - 1, h), D(k, h - 1) + latency) + held(k, h); what follows is a max-plus recursion over layers.

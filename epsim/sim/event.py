@@ -9,6 +9,7 @@ or has arrived, a latency later. `epsim.sim.simpy_engine` says the same with Sim
 
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -22,6 +23,24 @@ Floats = npt.NDArray[np.float64]
 _COMPUTE = int(Kind.COMPUTE)
 _MESSAGE = int(Kind.MESSAGE)
 _COMPUTE_DONE, _LINK_FREE, _SEGMENT_ARRIVES = 0, 1, 2
+
+# The state is a record per task, device, link, flow and entry of a link's queue; ids are indices, -1 is none.
+_TASK = np.dtype(
+    [(name, np.int64) for name in ("kind", "source", "destination", "flow", "num_segments")]
+    + [(name, np.int64) for name in ("first_successor", "num_successors", "waiting_for", "next")]
+    + [(name, np.float64) for name in ("duration_s", "num_bytes", "arrival_s")]
+    + [(name, np.float64) for name in ("start_s", "end_s", "sent_s", "incoming_s")],
+    align=True,
+)
+_DEVICE = np.dtype([("head", np.int64), ("busy", np.bool_)], align=True)
+_LINK = np.dtype(
+    [(name, np.int64) for name in ("head", "tail", "entry", "flow")]
+    + [(name, np.float64) for name in ("bytes_per_s", "latency_s", "overhead_s", "busy_s", "carried_bytes")],
+    align=True,
+)
+_FLOW = np.dtype([("head", np.int64), ("tail", np.int64), ("active", np.bool_)], align=True)
+_ENTRY = np.dtype([("next", np.int64), ("task", np.int64), ("hop", np.int64), ("since_s", np.float64)], align=True)
+_STATE = np.dtype([(name, np.int64) for name in ("sequence", "used_entries", "free_entry", "contended")], align=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,226 +64,242 @@ class Run:
 
 def run_graph(graph: TaskGraph, cluster: Cluster) -> Run:
     """Execute the graph; a RuntimeError says that it has a cycle."""
-    num_segments_N = np.maximum(1, np.ceil(graph.bytes_N / cluster.segment_bytes)).astype(np.int64)
-    start, end, sent, incoming, busy, carried, contended = _execute(
-        graph.kind_N,
-        graph.source_N,
-        graph.destination_N,
-        graph.duration_s_N,
-        graph.bytes_N,
-        num_segments_N,
-        graph.flow_N,
-        graph.num_flows,
-        graph.successor_start_N,
-        graph.successors_E,
-        graph.num_predecessors_N.copy(),
-        cluster.routes_RRH,
-        cluster.link_bytes_per_s_X,
-        cluster.link_latency_s_X,
-        cluster.link_message_overhead_s_X,
-    )
-    if np.isnan(end).any():
-        raise RuntimeError(f"{int(np.isnan(end).sum())} tasks of the step never finished: its graph has a cycle")
+    tasks, links = _task_records(graph, cluster), _link_records(cluster)
+    devices = _records(_DEVICE, cluster.num_devices)
+    flows = _records(_FLOW, graph.num_flows)
+    state = _records(_STATE, 1, sequence=0, used_entries=0, contended=0)
+    # Segments that the link at each hop has taken and, in the last column, that have arrived.
+    reached = np.zeros((len(tasks), cluster.routes_RRH.shape[2] + 1), dtype=np.int32)
+    _execute(tasks, devices, links, flows, state, cluster.routes_RRH, graph.successors_E, reached)
+    if np.isnan(tasks["end_s"]).any():
+        unfinished = int(np.isnan(tasks["end_s"]).sum())
+        raise RuntimeError(f"{unfinished} tasks of the step never finished: its graph has a cycle")
     return Run(
-        start_s_N=start,
-        end_s_N=end,
-        sent_s_N=sent,
-        incoming_s_N=incoming,
-        busy_s_X=busy,
-        carried_bytes_X=carried,
-        contended=bool(contended),
+        start_s_N=tasks["start_s"].copy(),
+        end_s_N=tasks["end_s"].copy(),
+        sent_s_N=tasks["sent_s"].copy(),
+        incoming_s_N=tasks["incoming_s"].copy(),
+        busy_s_X=links["busy_s"].copy(),
+        carried_bytes_X=links["carried_bytes"].copy(),
+        contended=bool(state["contended"][0]),
+    )
+
+
+def _records(dtype: np.dtype[Any], size: int, **fields: Any) -> npt.NDArray[Any]:
+    """Return records with the given fields; other ids are none (-1), other numbers NaN, other flags off."""
+    records = np.zeros(size, dtype=dtype)
+    for name in dtype.names or ():
+        kind = dtype[name].kind
+        records[name] = fields.get(name, {"i": -1, "f": np.nan, "b": False}[kind])
+    return records
+
+
+def _task_records(graph: TaskGraph, cluster: Cluster) -> npt.NDArray[Any]:
+    return _records(
+        _TASK,
+        len(graph.kind_N),
+        kind=graph.kind_N,
+        source=graph.source_N,
+        destination=graph.destination_N,
+        flow=graph.flow_N,
+        num_segments=np.maximum(1, np.ceil(graph.bytes_N / cluster.segment_bytes)),
+        first_successor=graph.successor_start_N[:-1],
+        num_successors=np.diff(graph.successor_start_N),
+        waiting_for=graph.num_predecessors_N,
+        duration_s=graph.duration_s_N,
+        num_bytes=graph.bytes_N,
+        arrival_s=0.0,
+    )
+
+
+def _link_records(cluster: Cluster) -> npt.NDArray[Any]:
+    return _records(
+        _LINK,
+        len(cluster.links),
+        bytes_per_s=cluster.link_bytes_per_s_X,
+        latency_s=cluster.link_latency_s_X,
+        overhead_s=cluster.link_message_overhead_s_X,
+        busy_s=0.0,
+        carried_bytes=0.0,
     )
 
 
 @numba.njit(cache=True)
-def _execute(  # type: ignore[no-untyped-def]
-    kind, source, destination, duration_s, num_bytes, num_segments, flow, num_flows,
-    successor_start, successors, num_predecessors, routes_RRH, rate_X, latency_X, overhead_X,
-):  # fmt: skip
-    num_tasks, num_devices, num_links, max_hops = (
-        len(kind),
-        routes_RRH.shape[0],
-        len(rate_X),
-        routes_RRH.shape[2],
-    )
-    start, end = np.full(num_tasks, np.nan), np.full(num_tasks, np.nan)
-    sent, incoming = np.full(num_tasks, np.nan), np.full(num_tasks, np.nan)
-    busy_s, carried = np.zeros(num_links), np.zeros(num_links)
-    contended = False
-
+def _execute(tasks, devices, links, flows, state, routes_RRH, successors, reached):  # type: ignore[no-untyped-def]
+    """The event loop: tell successors, let idle devices choose, take the next event of a device or a link."""
     events = [(0.0, 0, 0, 0, 0)]  # time, sequence, what, task or link, hop
     events.pop()
-    sequence = 0
-    stack = [0]  # tasks that completed at this instant and whose successors are still to be told
-    stack.pop()
-
-    # Devices: a queue sorted by (arrival of the message that enabled the task, id), as a linked list over tasks.
-    arrival = np.zeros(num_tasks)
-    device_head, device_busy = np.full(num_devices, -1), np.zeros(num_devices, np.bool_)
-    next_task = np.full(num_tasks, -1)
-    idle_devices = [0]
-    idle_devices.pop()
-
-    # Links: a queue of entries, each a flow (hop 0) or a segment of a message (hop > 0).
-    link_head, link_tail = np.full(num_links, -1), np.full(num_links, -1)
-    link_entry, link_flow = np.full(num_links, -1), np.full(num_links, -1)
-    capacity = 1024
-    entry_next, entry_task, entry_hop = (
-        np.empty(capacity, np.int64),
-        np.empty(capacity, np.int64),
-        np.empty(capacity, np.int64),
-    )
-    entry_since = np.empty(capacity)
-    free_entry, used_entries = -1, 0
-
-    # Flows: a queue of messages; messages: segments sent at hop 0, and segments that reached each later hop.
-    flow_head, flow_tail = np.full(num_flows, -1), np.full(num_flows, -1)
-    flow_active = np.zeros(num_flows, np.bool_)
-    next_message = np.full(num_tasks, -1)
-    reached = np.zeros((num_tasks, max_hops + 1), np.int32)
-
-    for task in range(num_tasks):
-        if num_predecessors[task] == 0:
-            start[task] = 0.0
-            # A task without predecessors is ready at once; reuse the ready path below through a marker on the stack.
-            stack.append(-task - 1)
-
+    completed = [0]  # tasks that completed at this instant and whose successors are still to be told
+    completed.pop()
+    entries = np.zeros(1024, _ENTRY)
+    for task in range(len(tasks)):
+        if tasks[task].waiting_for == 0:
+            _make_ready(task, 0.0, tasks, devices, flows, state, events, completed)
     now = 0.0
     while True:
-        # 1. Tell successors of completed tasks; what is ready queues for its device or link, or completes (barrier).
-        while len(stack) > 0:
-            item = stack.pop()
-            if item < 0:
-                first, last, completed = -item - 1, -item, -1
-            else:
-                first, last, completed = successor_start[item], successor_start[item + 1], item
-                end[item] = now
-            for s in range(first, last):
-                task = s if completed < 0 else successors[s]
-                if completed >= 0:
-                    num_predecessors[task] -= 1
-                    if kind[completed] == _MESSAGE:
-                        arrival[task] = max(arrival[task], now)
-                if num_predecessors[task] > 0:
-                    continue
-                if kind[task] == _COMPUTE:
-                    device = source[task]
-                    previous, following = -1, device_head[device]
-                    while following >= 0 and (
-                        arrival[following] < arrival[task] or (arrival[following] == arrival[task] and following < task)
-                    ):
-                        previous, following = following, next_task[following]
-                    next_task[task] = following
-                    if previous < 0:
-                        device_head[device] = task
-                    else:
-                        next_task[previous] = task
-                    idle_devices.append(device)
-                elif kind[task] == _MESSAGE:
-                    f = flow[task]
-                    next_message[task] = -1
-                    if flow_head[f] < 0:
-                        flow_head[f] = task
-                    else:
-                        next_message[flow_tail[f]] = task
-                    flow_tail[f] = task
-                    if not flow_active[f]:
-                        flow_active[f] = True
-                        heapq.heappush(events, (now, sequence, _SEGMENT_ARRIVES, task, 0))
-                        sequence += 1
-                else:
-                    start[task] = now
-                    stack.append(task)
-        # 2. Only when this instant has no more events do idle devices choose, so that ties follow the queue's order.
+        while len(completed) > 0:
+            _complete(completed.pop(), now, tasks, devices, flows, state, successors, events, completed)
+        # Only when this instant has no more events do idle devices choose, so that ties follow the queue's order.
         if len(events) == 0 or events[0][0] > now:
-            for device in idle_devices:
-                task = device_head[device]
-                if device_busy[device] or task < 0:
-                    continue
-                device_head[device] = next_task[task]
-                device_busy[device] = True
-                start[task] = now
-                heapq.heappush(events, (now + duration_s[task], sequence, _COMPUTE_DONE, task, 0))
-                sequence += 1
-            idle_devices.clear()
+            _start_devices(now, tasks, devices, state, events)
             if len(events) == 0:
                 break
         now, _, what, subject, hop = heapq.heappop(events)
         if what == _COMPUTE_DONE:
-            device_busy[source[subject]] = False
-            idle_devices.append(source[subject])
-            stack.append(subject)
+            devices[tasks[subject].source].busy = False
+            completed.append(subject)
             continue
-        # 3. A link changes: a segment (or a flow, at hop 0) comes to it, or it has become free.
         if what == _SEGMENT_ARRIVES:
-            link = routes_RRH[source[subject], destination[subject], hop] if hop < max_hops else -1
+            link = _link_of(subject, hop, tasks, routes_RRH)
             if link < 0:
-                reached[subject, max_hops] += 1
-                if reached[subject, max_hops] == num_segments[subject]:
-                    stack.append(subject)
+                reached[subject, -1] += 1
+                if reached[subject, -1] == tasks[subject].num_segments:
+                    completed.append(subject)
                 continue
-            entry_id = free_entry
-            if entry_id >= 0:
-                free_entry = entry_next[entry_id]
-            else:
-                if used_entries == capacity:
-                    capacity *= 2
-                    entry_next = np.append(entry_next, np.empty_like(entry_next))
-                    entry_task = np.append(entry_task, np.empty_like(entry_task))
-                    entry_hop = np.append(entry_hop, np.empty_like(entry_hop))
-                    entry_since = np.append(entry_since, np.empty_like(entry_since))
-                entry_id = used_entries
-                used_entries += 1
-            entry_task[entry_id], entry_hop[entry_id], entry_since[entry_id] = subject, hop, now
-            entry_next[entry_id] = -1
-            if link_head[link] < 0:
-                link_head[link] = entry_id
-            else:
-                entry_next[link_tail[link]] = entry_id
-            link_tail[link] = entry_id
+            if state[0].free_entry < 0 and state[0].used_entries == len(entries):
+                entries = np.append(entries, np.zeros_like(entries))
+            _queue_entry(_new_entry(state, entries), link, subject, hop, now, links, entries)
         else:
             link = subject
-            served = link_entry[link]
-            link_entry[link] = -1
-            f = flow[entry_task[served]]
-            if entry_hop[served] == 0 and flow_head[f] >= 0:  # the flow has more: to the end of the line
-                entry_task[served], entry_since[served], entry_next[served] = flow_head[f], now, -1
-                if link_head[link] < 0:
-                    link_head[link] = served
-                else:
-                    entry_next[link_tail[link]] = served
-                link_tail[link] = served
-            else:
-                if entry_hop[served] == 0:
-                    flow_active[f] = False
-                entry_next[served] = free_entry
-                free_entry = served
-        if link_entry[link] >= 0 or link_head[link] < 0:
-            continue
-        # 4. The link serves the entry at its head.
-        entry_id = link_head[link]
-        link_head[link] = entry_next[entry_id]
-        link_entry[link] = entry_id
-        task, hop = entry_task[entry_id], entry_hop[entry_id]
-        f = flow[task]
-        if link_flow[link] != f and entry_since[entry_id] < now:
-            contended = True
-        link_flow[link] = f
-        segment_bytes = num_bytes[task] / num_segments[task]
-        held_s = segment_bytes / rate_X[link]
-        if reached[task, hop] == 0:
-            held_s += overhead_X[link]
-            if hop == 0:
-                start[task] = now
-            if hop + 1 == max_hops or routes_RRH[source[task], destination[task], hop + 1] < 0:
-                incoming[task] = now + latency_X[link]
-        reached[task, hop] += 1
-        if hop == 0 and reached[task, 0] == num_segments[task]:
-            flow_head[f] = next_message[task]
-            sent[task] = now + held_s
-        busy_s[link] += held_s
-        carried[link] += segment_bytes
-        heapq.heappush(events, (now + held_s, sequence, _LINK_FREE, link, 0))
-        heapq.heappush(events, (now + held_s + latency_X[link], sequence + 1, _SEGMENT_ARRIVES, task, hop + 1))
-        sequence += 2
-    return start, end, sent, incoming, busy_s, carried, contended
+            _free_link(link, now, tasks, links, flows, state, entries)
+        if links[link].entry < 0 and links[link].head >= 0:
+            _serve(link, now, tasks, links, flows, state, entries, routes_RRH, reached, events)
+
+
+@numba.njit(cache=True)
+def _push(events, state, at_s, what, subject, hop):  # type: ignore[no-untyped-def]
+    heapq.heappush(events, (at_s, state[0].sequence, what, subject, hop))
+    state[0].sequence += 1
+
+
+@numba.njit(cache=True)
+def _complete(task, now, tasks, devices, flows, state, successors, events, completed):  # type: ignore[no-untyped-def]
+    """The task is done: its successors have one predecessor less to wait for."""
+    tasks[task].end_s = now
+    for s in range(tasks[task].first_successor, tasks[task].first_successor + tasks[task].num_successors):
+        successor = successors[s]
+        tasks[successor].waiting_for -= 1
+        if tasks[task].kind == _MESSAGE:
+            tasks[successor].arrival_s = now
+        if tasks[successor].waiting_for == 0:
+            _make_ready(successor, now, tasks, devices, flows, state, events, completed)
+
+
+@numba.njit(cache=True)
+def _make_ready(task, now, tasks, devices, flows, state, events, completed):  # type: ignore[no-untyped-def]
+    """All predecessors of the task are done: it queues for its device or in its flow; a barrier is done at once."""
+    if tasks[task].kind == _COMPUTE:
+        _queue_compute(task, tasks[task].source, tasks, devices)
+    elif tasks[task].kind == _MESSAGE:
+        flow = tasks[task].flow
+        if flows[flow].head < 0:
+            flows[flow].head = task
+        else:
+            tasks[flows[flow].tail].next = task
+        flows[flow].tail = task
+        if not flows[flow].active:
+            flows[flow].active = True
+            _push(events, state, now, _SEGMENT_ARRIVES, task, 0)
+    else:
+        tasks[task].start_s = now
+        completed.append(task)
+
+
+@numba.njit(cache=True)
+def _queue_compute(task, device, tasks, devices):  # type: ignore[no-untyped-def]
+    """Put the task into its device's queue, which is sorted by (arrival of the enabling message, id)."""
+    previous, following = -1, devices[device].head
+    while following >= 0 and (tasks[following].arrival_s, following) < (tasks[task].arrival_s, task):
+        previous, following = following, tasks[following].next
+    tasks[task].next = following
+    if previous < 0:
+        devices[device].head = task
+    else:
+        tasks[previous].next = task
+
+
+@numba.njit(cache=True)
+def _start_devices(now, tasks, devices, state, events):  # type: ignore[no-untyped-def]
+    """Every idle device takes the task at the head of its queue."""
+    for device in range(len(devices)):
+        task = devices[device].head
+        if task >= 0 and not devices[device].busy:
+            devices[device].head = tasks[task].next
+            devices[device].busy = True
+            tasks[task].start_s = now
+            _push(events, state, now + tasks[task].duration_s, _COMPUTE_DONE, task, 0)
+
+
+@numba.njit(cache=True)
+def _link_of(task, hop, tasks, routes_RRH):  # type: ignore[no-untyped-def]
+    """Return the link of a hop of the message's route; -1 behind its end."""
+    if hop == routes_RRH.shape[2]:
+        return -1
+    return routes_RRH[tasks[task].source, tasks[task].destination, hop]
+
+
+@numba.njit(cache=True)
+def _new_entry(state, entries):  # type: ignore[no-untyped-def]
+    """Return a free entry of the pool."""
+    entry = state[0].free_entry
+    if entry >= 0:
+        state[0].free_entry = entries[entry].next
+    else:
+        entry = state[0].used_entries
+        state[0].used_entries += 1
+    return entry
+
+
+@numba.njit(cache=True)
+def _queue_entry(entry, link, task, hop, now, links, entries):  # type: ignore[no-untyped-def]
+    """Put a segment of the task (at hop 0: its flow) at the end of the link's queue."""
+    entries[entry].task, entries[entry].hop, entries[entry].since_s, entries[entry].next = task, hop, now, -1
+    if links[link].head < 0:
+        links[link].head = entry
+    else:
+        entries[links[link].tail].next = entry
+    links[link].tail = entry
+
+
+@numba.njit(cache=True)
+def _free_link(link, now, tasks, links, flows, state, entries):  # type: ignore[no-untyped-def]
+    """The link has sent a segment. A flow that has more goes to the end of the line; another entry is done with."""
+    entry = links[link].entry
+    links[link].entry = -1
+    flow = tasks[entries[entry].task].flow
+    if entries[entry].hop == 0 and flows[flow].head >= 0:
+        _queue_entry(entry, link, flows[flow].head, 0, now, links, entries)
+        return
+    if entries[entry].hop == 0:
+        flows[flow].active = False
+    entries[entry].next = state[0].free_entry
+    state[0].free_entry = entry
+
+
+@numba.njit(cache=True)
+def _serve(link, now, tasks, links, flows, state, entries, routes_RRH, reached, events):  # type: ignore[no-untyped-def]
+    """The link takes a segment of the entry at the head of its queue."""
+    entry = links[link].head
+    links[link].head = entries[entry].next
+    links[link].entry = entry
+    task, hop = entries[entry].task, entries[entry].hop
+    flow = tasks[task].flow
+    if links[link].flow != flow and entries[entry].since_s < now:
+        state[0].contended = 1
+    links[link].flow = flow
+    held_s = tasks[task].num_bytes / tasks[task].num_segments / links[link].bytes_per_s
+    if reached[task, hop] == 0:
+        held_s += links[link].overhead_s
+        if hop == 0:
+            tasks[task].start_s = now
+        if _link_of(task, hop + 1, tasks, routes_RRH) < 0:
+            tasks[task].incoming_s = now + links[link].latency_s
+    reached[task, hop] += 1
+    if reached[task, hop] == tasks[task].num_segments:
+        links[link].carried_bytes += tasks[task].num_bytes  # once a message, so that whole bytes stay whole
+        if hop == 0:
+            flows[flow].head = tasks[task].next
+            tasks[task].sent_s = now + held_s
+    links[link].busy_s += held_s
+    _push(events, state, now + held_s, _LINK_FREE, link, 0)
+    _push(events, state, now + held_s + links[link].latency_s, _SEGMENT_ARRIVES, task, hop + 1)

@@ -156,7 +156,8 @@ class _Link:
                 state.flows[flow].popleft()
                 state.sent_s[task] = env.now + held_s
             self.busy_s += held_s
-            self.carried_bytes += segment_bytes
+            if state.served[task, hop] == state.num_segments[task]:
+                self.carried_bytes += state.graph.bytes_N[task]
             env.process(state.arrive(task, hop + 1, held_s + self.link.latency_s))
             yield env.timeout(held_s)
             if hop == 0:
