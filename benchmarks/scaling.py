@@ -57,6 +57,9 @@ def main() -> None:
     for mode, dedup in (("sync", "device"), ("async", "device"), ("async", "node")):
         event_s, analytic_s = (median_s(scenario(f, mode, dedup, 842, 256)) for f in ("event", "analytic"))
         print(f"  {mode:5} dedup {dedup:6} event {event_s:6.2f}  analytic {analytic_s:5.2f}", flush=True)
+    print("the three engines, 64-token prompts, 4 decode steps, async dedup device")
+    times = {f: median_s(scenario(f, "async", "device", 64, 4)) for f in ("simpy", "event", "analytic")}
+    print("  " + "  ".join(f"{name} {seconds:.3f}" for name, seconds in times.items()), flush=True)
     sweeps: dict[str, list[tuple[int, float, float]]] = {"prompt tokens": [], "decode steps": []}
     for prompt in (421, 842, 1684, 3368):
         pair = [median_s(scenario(f, "async", "device", prompt, 1)) for f in ("event", "analytic")]

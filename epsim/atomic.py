@@ -15,9 +15,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises OutputError, before the block, if nothing can be written there.
     """
     target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     if target.is_dir():
         raise OutputError(f"{target}: it is a directory; name a file to write")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     with write_errors(target):
         part.touch()
     try:

@@ -20,8 +20,6 @@ from epsim.sim import PARTS, Execution, Fidelity, StepPlanner, StepResult, simul
 from epsim.trace import Modality, TraceSource
 from epsim.traffic import TrafficCounter, count_remote
 
-ShowExecution = Callable[[Phase, int, float, Execution], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
@@ -39,10 +37,11 @@ class Deployment:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRecords:
-    """What a batch left: its requests, its steps, and when its last token was there."""
+    """What a batch left: requests, steps, the executions to be kept, and when its last token was there."""
 
     requests: list[RequestRecord]
     steps: list[StepRecord]
+    executions: list[Execution]
     end_s: float
 
 
@@ -54,23 +53,24 @@ def simulate_batch(
     start_s: float,
     max_output_tokens: int | None,
     transfers: TransferCounts,
-    show: ShowExecution,
+    num_executions: int,
     advance: Callable[[], None],
 ) -> BatchRecords:
     """Run one batch of requests that all arrive at start_s.
 
-    transfers: counts are added here. show: is given every executed step (event fidelities only). advance: is called
-    after every step.
+    transfers: counts are added here. num_executions: of how many steps, from the first, to keep the execution (the
+    closed form has none). advance: is called after every step.
     """
     run = _BatchRun(deployment, request_ids, max_output_tokens)
     token_times: list[list[float]] = [[] for _ in request_ids]
+    executions: list[Execution] = []
     now_s, steps = start_s, []
     for step in range(run.num_steps):
         tokens = run.tokens(step)
         transfers.add(tokens.phase, tokens.count_remote(deployment.placement))
         result, execution, pairs_LR = run.simulate(tokens)
-        if execution is not None:
-            show(tokens.phase, step, now_s, execution)
+        if execution is not None and step < num_executions:
+            executions.append(execution)
         steps.append(_record(batch, tokens, now_s, result, pairs_LR))
         for q in np.unique(tokens.request_T):
             token_times[q].append(now_s + steps[-1].duration_s)
@@ -80,7 +80,9 @@ def simulate_batch(
         RequestRecord(request_id=int(request_id), arrival_s=start_s, token_times_s=tuple(times))
         for request_id, times in zip(request_ids, token_times, strict=True)
     ]
-    return BatchRecords(requests=requests, steps=steps, end_s=steps[-1].start_s + steps[-1].duration_s)
+    return BatchRecords(
+        requests=requests, steps=steps, executions=executions, end_s=steps[-1].start_s + steps[-1].duration_s
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

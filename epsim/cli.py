@@ -71,7 +71,7 @@ def simulate(
         check_folder(out)
     spec = load_scenario(scenario, overrides or ())
     with _progress(lambda: count_steps(spec), spec.name) as advance:
-        outcome = simulate(spec, advance)
+        outcome = simulate(spec, advance, with_timeline=out is not None)
     if out is not None:
         paths = write_run(
             out,
@@ -182,9 +182,8 @@ def make(
     compress: Annotated[bool, typer.Option("--compress", help="Compress with zstd, for shipping.")] = False,
 ) -> None:
     """Write the trace that a scenario draws or names to a file."""
-    from epsim.report.files import check_file
-    from epsim.run import write_trace
     from epsim.scenario import load_scenario
+    from epsim.traces import write_trace
 
     write_trace(load_scenario(scenario, overrides or ()), output, compress=compress)
     typer.echo(f"wrote {output}", err=True)
@@ -212,7 +211,7 @@ def _progress(count: Callable[[], int] | None, label: str) -> Iterator[Callable[
         yield lambda: None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),

@@ -1,11 +1,10 @@
 """The composition root: a `ScenarioSpec` becomes domain objects (`assemble`), and these an `Outcome` (`simulate`)."""
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,25 +13,16 @@ from epsim import __version__
 from epsim.batch import Deployment, simulate_batch
 from epsim.cluster import Cluster, build_cluster
 from epsim.cost import MemoryAccount, RooflineCost, account_memory
-from epsim.errors import ScenarioError, TraceError
-from epsim.metrics import Phase, RequestRecord, StepRecord, TransferCounts, summarise_batch_size
+from epsim.errors import TraceError
+from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
 from epsim.placement import POLICIES, HomePlan, Placement, PlacementProblem, balanced, by_modality
-from epsim.scenario.spec import (
-    FileTraceSpec,
-    PublishedTraceSpec,
-    ScenarioSpec,
-    SyntheticTraceSpec,
-    TraceSpec,
-    TransmissionSpec,
-    WorkloadSpec,
-    ZipfTraceSpec,
-)
-from epsim.sim import Execution, StepPlanner, Transmission
+from epsim.scenario.spec import ScenarioSpec, TraceSpec, TransmissionSpec, WorkloadSpec
+from epsim.sim import StepPlanner, Transmission
 from epsim.sim.slices import Slice, slices_of
-from epsim.trace import RoutingTrace, TraceShape, TraceSource, concatenate, synthetic
-from epsim.trace.file import TraceFile, TraceWriter, copy_trace
+from epsim.trace import TraceSource
 from epsim.trace.statistics import expert_load
+from epsim.traces import moe_model, num_requests_needed, open_trace
 from epsim.traffic import MessageFormat, TrafficCounter
 
 BYTES_PER_ELEMENT = {"bf16": 2.0, "fp8": 1.0}
@@ -52,15 +42,21 @@ class Outcome:
     device_names: tuple[str, ...] = ()
 
 
-def simulate(spec: ScenarioSpec, advance: Advance = lambda: None) -> Outcome:
-    """Run every batch size of a scenario. `advance` is called after each simulated step (see `count_steps`)."""
+def simulate(spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeline: bool = False) -> Outcome:
+    """Run every batch size of a scenario.
+
+    advance: is called after each simulated step (see `count_steps`). with_timeline: keep the slices of the first
+    batch's first steps.
+    """
     deployment = assemble(spec)
     accounts = {size: check_memory(deployment, spec, size) for size in spec.workload.batch_sizes}
     outcome = Outcome(
         results=_header(spec, deployment), device_names=accounts[spec.workload.batch_sizes[0]].device_names
     )
     for batch_size, account in accounts.items():
-        summary = _run_batch_size(deployment, spec, batch_size, outcome, advance)
+        shown = with_timeline and batch_size == spec.workload.batch_sizes[0]
+        num_executions = 1 + spec.simulation.timeline_decode_steps if shown else 0
+        summary = _run_batch_size(deployment, spec, batch_size, outcome, num_executions, advance)
         summary["memory_bytes"] = account.as_dict()
         outcome.results["batch_sizes"].append(summary)
     return outcome
@@ -68,9 +64,7 @@ def simulate(spec: ScenarioSpec, advance: Advance = lambda: None) -> Outcome:
 
 def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, placement and homes of a scenario, and check that they fit together."""
-    model = ModelCard.from_mapping(spec.model.model_dump())
-    if not model.moe_layer_ids:
-        raise ScenarioError(f"model: {model.name} has no MoE layers; expert parallelism needs a model with experts")
+    model = moe_model(spec.model)
     cluster = build_cluster(spec.cluster.model_dump())
     trace, load_MLE = _trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     _check_trace(trace, model, spec.workload)
@@ -86,11 +80,6 @@ def assemble(spec: ScenarioSpec) -> Deployment:
         planner=StepPlanner(model, cluster, RooflineCost(model, cluster), transmission),
         fidelity=spec.simulation.fidelity,
     )
-
-
-def num_requests_needed(workload: WorkloadSpec) -> int:
-    """Return how many requests the largest batch size takes."""
-    return max(workload.batch_sizes) * workload.num_batches
 
 
 def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
@@ -112,52 +101,6 @@ def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
 def _vector_bytes(hidden_size: int, dtype: str) -> float:
     scales = -(-hidden_size // FP8_BLOCK) * SCALE_BYTES if dtype == "fp8" else 0.0
     return hidden_size * BYTES_PER_ELEMENT[dtype] + scales
-
-
-def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSource:
-    """Open the trace file, or draw the synthetic trace with `num_requests` unless the spec says how many."""
-    if isinstance(spec, FileTraceSpec):
-        return TraceFile.open(Path(spec.path))
-    return concatenate(list(_draw_trace(spec, model, num_requests)))
-
-
-def _draw_trace(spec: SyntheticTraceSpec, model: ModelCard, num_requests: int) -> Iterator[RoutingTrace]:
-    """Return the synthetic trace piece by piece."""
-    shape = TraceShape(layer_ids=model.moe_layer_ids, num_experts=model.num_experts, topk=model.topk)
-    options: dict[str, Any] = {"shape": shape, "seed": spec.seed, "model": model.name}
-    num_requests = spec.requests or num_requests
-    if isinstance(spec, PublishedTraceSpec):
-        workload = synthetic.published_workload(
-            spec.benchmark,
-            num_requests=num_requests,
-            num_images=spec.images,
-            num_text_tokens=spec.text_tokens,
-            num_decode_tokens=None if spec.output_tokens is None else spec.output_tokens - 1,
-        )
-        return synthetic.published(spec.benchmark, spec.method, workload=workload, **options)
-    workload = synthetic.SyntheticWorkload(
-        num_requests=num_requests,
-        num_vision_tokens=spec.vision_tokens,
-        num_text_tokens=spec.text_tokens,
-        num_decode_tokens=spec.output_tokens - 1,
-    )
-    if isinstance(spec, ZipfTraceSpec):
-        return synthetic.zipf(workload=workload, exponent=spec.exponent, **options)
-    return synthetic.uniform(workload=workload, **options)
-
-
-def write_trace(spec: ScenarioSpec, path: Path, *, compress: bool) -> None:
-    """Write the trace that a scenario draws or names to a file, piece by piece."""
-    compression: Literal["zstd"] | None = "zstd" if compress else None
-    if isinstance(spec.trace, FileTraceSpec):
-        copy_trace(TraceFile.open(Path(spec.trace.path)), path, compression)
-        return
-    model = ModelCard.from_mapping(spec.model.model_dump())
-    parts = _draw_trace(spec.trace, model, num_requests_needed(spec.workload))
-    first = next(parts)
-    with TraceWriter(path, first.meta, compression=compression) as writer:
-        for part in itertools.chain([first], parts):
-            writer.write(part)
 
 
 @functools.lru_cache(maxsize=2)
@@ -245,7 +188,7 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
 
 def count_steps(spec: ScenarioSpec) -> int:
     """Return how many steps `simulate` will run, for a progress bar."""
-    model = ModelCard.from_mapping(spec.model.model_dump())
+    model = moe_model(spec.model)
     trace, _ = _trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     limit = spec.workload.max_output_tokens
     total = 0
@@ -279,20 +222,13 @@ def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
 
 
 def _run_batch_size(
-    deployment: Deployment, spec: ScenarioSpec, batch_size: int, outcome: Outcome, advance: Advance
+    deployment: Deployment, spec: ScenarioSpec, batch_size: int, outcome: Outcome, num_executions: int, advance: Advance
 ) -> dict[str, Any]:
     requests: list[RequestRecord] = []
     steps: list[StepRecord] = []
     transfers, now_s = TransferCounts(), 0.0
     request_ids = deployment.trace.requests.request_id_Q
-    wants_timeline = not outcome.slices
-
     for batch in range(spec.workload.num_batches):
-
-        def show(phase: Phase, step: int, start_s: float, execution: Execution, batch: int = batch) -> None:
-            if wants_timeline and batch == 0 and step <= spec.simulation.timeline_decode_steps:
-                outcome.slices += slices_of(execution, phase, step, start_s)
-
         records = simulate_batch(
             deployment,
             batch=batch,
@@ -300,9 +236,11 @@ def _run_batch_size(
             start_s=now_s,
             max_output_tokens=spec.workload.max_output_tokens,
             transfers=transfers,
-            show=show,
+            num_executions=num_executions if batch == 0 else 0,
             advance=advance,
         )
+        for record, execution in zip(records.steps, records.executions, strict=False):
+            outcome.slices += slices_of(execution, record.phase, record.step, record.start_s)
         requests += records.requests
         steps += records.steps
         now_s = records.end_s

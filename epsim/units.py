@@ -112,7 +112,7 @@ _SIZE_STEPS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 def _format(value: float, steps: tuple[tuple[float, str], ...]) -> str:
     scale, unit = next(((s, u) for s, u in steps if abs(value) >= s), steps[-1])
-    return f"{value / scale:.4g} {unit}" if value else f"0 {steps[0][1]}"
+    return f"{value / scale:.4g} {unit}" if value else f"0 {dict(steps)[1.0]}"
 
 
 def format_time(seconds: float) -> str:

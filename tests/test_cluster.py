@@ -2,6 +2,7 @@
 
 import re
 import time
+import zlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -49,9 +50,7 @@ def fat_tree(num_devices: int, num_spines: int, devices_per_leaf: int) -> dict[s
     link = {"bandwidth": "50 GB/s", "latency": "1 us"}
     leaves = {"i": num_leaves}
     return two_devices(
-        devices=[
-            {"name": "d{i}.{j}", "type": "t", "node": "n{i}", "each": {**leaves, "j": devices_per_leaf}}
-        ],
+        devices=[{"name": "d{i}.{j}", "type": "t", "node": "n{i}", "each": {**leaves, "j": devices_per_leaf}}],
         switches=[{"name": "leaf{i}", "each": leaves}, {"name": "spine{s}", "each": {"s": num_spines}}],
         links=[
             {"from": "d{i}.{j}", "to": "leaf{i}", "each": {**leaves, "j": devices_per_leaf}, **link},
@@ -157,9 +156,7 @@ def test_staging_is_in_front_of_and_behind_every_route() -> None:
     types = {"t": {**DEVICE_TYPE, "staging": staging}, "plain": DEVICE_TYPE}
     devices = [{"name": f"a{i}", "type": kind, "node": "n"} for i, kind in enumerate(("t", "plain", "t"))]
     links = [{"from": f"a{i}", "to": "switch", "bandwidth": "10 Gbit/s", "latency": "1 us"} for i in range(3)]
-    cluster = build(
-        two_devices(device_types=types, devices=devices, switches=[{"name": "switch"}], links=links)
-    )
+    cluster = build(two_devices(device_types=types, devices=devices, switches=[{"name": "switch"}], links=links))
     assert_sound(cluster)
     wire = ["a0->switch", "switch->a2"]
     assert [link.name for link in cluster.route(0, 2)] == ["a0 host tx", *wire, "a2 host rx"]
@@ -173,22 +170,24 @@ def test_staging_is_in_front_of_and_behind_every_route() -> None:
     assert cluster.graph.number_of_edges() == 6
 
 
-def test_equal_cost_paths_alternate_with_src_plus_dst() -> None:
-    # Leaves of 2: ranks 0, 1 | 2, 3 | ...; two spines, so pair (src, dst) takes spine (src + dst) % 2.
+def test_equal_cost_paths_are_chosen_by_the_hash_of_the_flow() -> None:
     cluster = build(fat_tree(num_devices=8, num_spines=2, devices_per_leaf=2))
     assert_sound(cluster)
-    assert hops(cluster, 0, 2) == ["d0.0", "leaf0", "spine0", "leaf1", "d1.0"]
-    assert hops(cluster, 0, 3) == ["d0.0", "leaf0", "spine1", "leaf1", "d1.1"]
+    for target in ("d1.0", "d1.1", "d2.0", "d2.1", "d3.0", "d3.1"):
+        spine = f"spine{zlib.crc32(f'd0.0>{target}'.encode()) % 2}"
+        dst = [device.name for device in cluster.devices].index(target)
+        assert hops(cluster, 0, dst) == ["d0.0", "leaf0", spine, f"leaf{target[1]}", target]
     assert hops(cluster, 0, 1) == ["d0.0", "leaf0", "d0.1"]
-    # Each of the 8 ranks sends to 6 ranks under other leaves, half of them even: 24 routes over each spine.
     far = [(src, dst) for src in range(8) for dst in range(8) if src // 2 != dst // 2]
-    assert Counter(hops(cluster, *pair)[2] for pair in far) == {"spine0": 24, "spine1": 24}
+    used = Counter(hops(cluster, *pair)[2] for pair in far)
+    assert set(used) == {"spine0", "spine1"}
+    assert min(used.values()) > 12  # of 48: a hash does not balance exactly, but uses both
 
 
 def test_parallel_links_are_equal_cost_paths() -> None:
     cable = {"from": "a0", "to": "a1", "bandwidth": "10 Gbit/s"}
     cluster = build(two_devices(links=[{**cable, "name": "y"}, {**cable, "name": "x"}]))
-    assert cluster.route(0, 1)[0].name == "y a0->a1"  # number (0 + 1) % 2 of x, y
+    assert cluster.route(0, 1)[0].name == f"{'xy'[zlib.crc32(b'a0>a1') % 2]} a0->a1"
 
 
 def test_order_of_links_in_the_yaml_does_not_change_routes() -> None:
@@ -356,9 +355,9 @@ def test_devices_do_not_forward() -> None:
     [
         ({"links": [{**CABLE, "bandwidth": "10 GB"}]}, ("links", 0, "bandwidth"), '"10 GB" is not a rate'),
         ({"links": [{**CABLE, "bandwidth": 10}]}, ("links", 0, "bandwidth"), "10 is not a rate"),
-        ({"links": [{**CABLE, "latency": "-1 us"}]}, ("links", 0, "latency"), "greater than or equal to 0"),
+        ({"links": [{**CABLE, "latency": "-1 us"}]}, ("links", 0, "latency"), "is not from 0 s"),
         ({"links": [{**CABLE, "speed": "1 GB/s"}]}, ("links", 0, "speed"), "Extra inputs"),
-        ({"segment": "0 B"}, ("segment",), "greater than 0"),
+        ({"segment": "0 B"}, ("segment",), "is not from 1 B"),
         ({"devices": []}, ("devices",), "at least 1 item"),
         ({"nics": [{"name": "x", "each": {"i": 0}}]}, ("nics", 0, "each", "i"), "greater than 0"),
         ({"nics": [{"name": "x", "each": {"1": 2}}]}, ("nics", 0, "each", "1", "[key]"), "pattern"),

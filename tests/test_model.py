@@ -91,9 +91,7 @@ def test_kv_bytes_per_token_and_layer(cards: dict[str, ModelCard], preset: str, 
         ("dense-7b", ()),
     ],
 )
-def test_moe_layer_ids_are_the_real_ones(
-    cards: dict[str, ModelCard], preset: str, layer_ids: tuple[int, ...]
-) -> None:
+def test_moe_layer_ids_are_the_real_ones(cards: dict[str, ModelCard], preset: str, layer_ids: tuple[int, ...]) -> None:
     assert cards[preset].moe_layer_ids == layer_ids
     assert cards[preset].num_dense_layers + len(layer_ids) == cards[preset].num_layers
 

@@ -62,7 +62,9 @@ def test_every_cell_of_table_s10_within_one_point(benchmark: str, method: str) -
 
 def test_the_paper_s_reading_of_homes() -> None:
     # Prefill lives with the vision experts, decode with the text experts, which modality bins put on the second device.
-    results = simulate(load_scenario(SCENARIOS / "s10" / "mmmu-gaussian-soft.yaml", ["workload.batch_sizes=[2]"])).results
+    results = simulate(
+        load_scenario(SCENARIOS / "s10" / "mmmu-gaussian-soft.yaml", ["workload.batch_sizes=[2]"])
+    ).results
     assert results["homes"] == {"prefill": ["orin0"], "decode": ["orin1"]}
 
 
@@ -153,7 +155,8 @@ def test_faster_links_are_never_slower_in_sync() -> None:
 
 def test_async_loses_in_decode_where_experts_read_their_weights_twice() -> None:
     # Uniform routing, 8 tokens at home on each device: a kernel for 8 tokens reads 1 - (7/8)^8 = 65.6 % of a device's
-    # experts, one for all 16 reads 1 - (7/8)^16 = 88.2 %. Two of the former take 2 x 0.656 / 0.882 = 1.49 times as long.
+    # experts, one for all 16 reads 1 - (7/8)^16 = 88.2 %. Two of the former take 2 x 0.656 / 0.882 = 1.49 times as
+    # long.
     times = {}
     for mode in ("sync", "async"):
         size = simulate(scenario(transmission={"mode": mode}, workload={"batch_sizes": [16]})).results["batch_sizes"][0]

@@ -41,7 +41,7 @@ class FromFile:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PlacementError(f"placement.path: cannot read {self.path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlacementError(f"placement.path: {self.path} is not JSON; write {_FORM}") from error
         rows = content.get("physical_to_logical_map") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):

@@ -1,5 +1,6 @@
 """Tables for the terminal, made with rich from the plain results of a run: `simulation_tables`, `comparison_tables`."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,8 +48,17 @@ def _title(results: dict[str, Any]) -> Text:
     )
     origin = f"routing: {trace['origin'].upper()}" if trace["origin"] != "captured" else "routing: captured"
     mock = ", from MOCK tokens" if trace["mock"] else ""
-    text.append(f"{origin}{mock}: {trace['description']}", style="yellow not bold")
+    text.append(f"{origin}{mock}: {_described(trace['description'])}", style="yellow not bold")
     return text
+
+
+def _described(description: str) -> str:
+    """A synthetic trace's description is a JSON object of its parameters: read it out."""
+    try:
+        fields = json.loads(description)
+    except ValueError:
+        return description
+    return ", ".join(f"{name} {value}" for name, value in fields.items()) if isinstance(fields, dict) else description
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,6 +19,8 @@ def describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
     keys = _real_keys(first["loc"], raw)
     if first["type"].startswith("union_tag"):
         keys.append(first["ctx"]["discriminator"].strip("'"))
+    if first["type"] == "invalid_key":
+        keys.pop()
     more = f" (and {len(others)} more)" if others else ""
     return f"{join(keys) or 'scenario'}: {_rule(first, keys)}{more}"
 
@@ -30,14 +32,17 @@ def _rule(error: ErrorDetails, keys: Keys) -> str:
         case "value_error":
             return str(context["error"])
         case "missing":
-            fields = _mapping_example(_node_at(error["loc"]), "")
-            return "is missing; write it" + (f", e.g. {fields}" if fields else "")
+            node = _node_at(error["loc"])
+            example = _mapping_example(node, "")
+            choice = f"one of {', '.join(node['enum'])}" if "enum" in node else "it"
+            return f"is missing; write {choice}" + (f", e.g. {example}" if example else "")
         case "extra_forbidden":
             return "is not a known field" + closest(str(keys[-1]), _fields(_node_at(error["loc"][:-1])))
         case "literal_error":
             return f"{given} is not known; write {_plain(context['expected'])}"
         case "union_tag_invalid":
-            return f"{show(context['tag'])} is not known; write one of {_plain(context['expected_tags'])}"
+            given = show(error["input"].get(keys[-1]))
+            return f"{given} is not known; write one of {_plain(context['expected_tags'])}"
         case "union_tag_not_found":
             return f"is missing; write one of {', '.join(_tags(_node_at(error['loc'])))}"
         case "dict_type" | "model_type" | "model_attributes_type":
@@ -53,8 +58,12 @@ def _type_rule(error: ErrorDetails) -> str:
     """Return what is wrong with the type or size of a plain value."""
     value, context = error["input"], error.get("ctx", {})
     match error["type"]:
-        case "string_type" | "invalid_key":
+        case "string_type" | "invalid_key" if error["loc"][-1] == "[key]" or error["type"] == "invalid_key":
+            return "is not the name of a field; write text, in quotes if it looks like a number"
+        case "string_type":
             return "is not text; write text, in quotes if it looks like a number"
+        case "string_unicode":
+            return "holds half a character (a lone surrogate); write it out"
         case "int_type":
             return f"is not a whole number; write e.g. {_whole(value)}"
         case "float_type" | "finite_number":
@@ -62,15 +71,16 @@ def _type_rule(error: ErrorDetails) -> str:
         case "bool_type":
             return "is neither true nor false; write one of them, without quotes"
         case "list_type":
-            return (
-                f"is not a list; write e.g. [{value}]" if isinstance(value, int | str) else "is not a list; write one"
+            return "is not a list; " + (
+                f"write e.g. [{value}]" if isinstance(value, int | str) else "write one with [ ]"
             )
         case "greater_than":
-            return f"is not above {context['gt']}; write a larger number"
+            return f"is not above {context['gt']:g}; write a larger number"
         case "greater_than_equal":
             return f"is below {context['ge']}; write {context['ge']} or more"
         case "less_than" | "less_than_equal":
             limit = context.get("le", context.get("lt", 0) - 1)
+            limit = int(limit) if limit == int(limit) else limit
             return f"is above {limit}; write {limit} or less"
         case "string_pattern_mismatch":
             return "is not a name; write letters, digits and _, a letter first"
@@ -93,13 +103,15 @@ def _plain(names: str) -> str:
 
 
 def _real_keys(location: Keys, raw: Any) -> list[str | int]:
-    """Drop what pydantic puts among the keys: the tags of discriminated unions, and a mark on keys."""
+    """Drop what pydantic puts among the keys: tags of discriminated unions, and keys that are wrong themselves."""
     keys: list[str | int] = []
     holder = raw
     for i, key in enumerate(location):
         is_tag = isinstance(holder, dict) and key not in holder and key in (holder.get("kind"), holder.get("policy"))
-        if (is_tag and i < len(location) - 1) or key == "[key]":
+        if is_tag:
             continue
+        if location[i + 1 : i + 2] == ("[key]",):
+            break
         keys.append(key)
         if isinstance(holder, dict):
             holder = holder.get(key)
@@ -114,7 +126,9 @@ def _node_at(location: Keys) -> dict[str, Any]:
     node: dict[str, Any] = schema
     for key in location:
         node = _child(node, key, schema)
-    return _resolve(node, schema)
+    node = _resolve(node, schema)
+    options = [_resolve(option, schema) for option in node.get("anyOf", ()) if option != {"type": "null"}]
+    return options[0] if len(options) == 1 else node
 
 
 def _resolve(node: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,4 +193,5 @@ def show(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -65,6 +65,8 @@ def check_scenario(raw: dict[str, Any]) -> ScenarioSpec:
         return ScenarioSpec.model_validate(raw)
     except ValidationError as error:
         raise ScenarioError(describe(error, raw)) from error
+    except UnicodeEncodeError as error:
+        raise ScenarioError("scenario: a text holds half a character (a lone surrogate); write it out") from error
 
 
 def scenario_schema() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from epsim.scenario.base import NonNegativeInt, PositiveInt, StrictModel
 
-DtypeBytes = Annotated[float, Field(gt=0)]  # bytes of one stored number; 0.5 for 4-bit
+DtypeBytes = Annotated[float, Field(gt=0, le=16)]  # bytes of one stored number; 0.5 for 4-bit
 
 
 class MhaSpec(StrictModel):
@@ -60,7 +60,7 @@ AttentionSpec = Annotated[MhaSpec | GqaSpec | MlaSpec, Field(discriminator="kind
 class MoeSpec(StrictModel):
     """The expert layers. The first `num_dense_layers` layers of the model have a dense FFN instead."""
 
-    num_experts: PositiveInt
+    num_experts: Annotated[int, Field(gt=0, le=65536)]
     topk: PositiveInt
     expert_ffn_size: PositiveInt
     num_dense_layers: NonNegativeInt = 0
@@ -112,7 +112,7 @@ class ModelSpec(StrictModel):
 
     name: str
     hidden_size: PositiveInt
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(gt=0, le=1000)]
     vocab_size: PositiveInt
     attention: AttentionSpec
     tie_embeddings: bool = False

@@ -44,7 +44,7 @@ def parse_yaml(text: str) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
         raise ValueError(where + " ".join(str(problem).split())) from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise ValueError(" ".join(str(error).split())) from error
+    except ValueError as error:  # thousands of digits, or none after 0x
+        raise ValueError("a number cannot be read; put it in quotes if it is text") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error

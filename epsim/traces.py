@@ -1,0 +1,101 @@
+"""From the `trace` section of a scenario to a `TraceSource` (`open_trace`) or to a file (`write_trace`)."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from epsim.errors import ScenarioError, TraceError
+from epsim.model import ModelCard
+from epsim.scenario.model import ModelSpec
+from epsim.scenario.spec import (
+    FileTraceSpec,
+    PublishedTraceSpec,
+    ScenarioSpec,
+    SyntheticTraceSpec,
+    TraceSpec,
+    WorkloadSpec,
+    ZipfTraceSpec,
+)
+from epsim.trace import RoutingTrace, TraceShape, TraceSource, concatenate, synthetic
+from epsim.trace.file import TraceFile, TraceWriter, copy_trace
+
+MAX_IDS_IN_MEMORY = 2**32  # expert ids of a synthetic trace, of 1 or 2 bytes each
+
+
+def moe_model(spec: ModelSpec) -> ModelCard:
+    """Return the model card; raises ScenarioError for a model without experts."""
+    model = ModelCard.from_mapping(spec.model_dump())
+    if not model.moe_layer_ids:
+        raise ScenarioError(f"model: {model.name} has no MoE layers; write a model with experts, e.g. olmoe")
+    return model
+
+
+def num_requests_needed(workload: WorkloadSpec) -> int:
+    """Return how many requests the largest batch size takes."""
+    return max(workload.batch_sizes) * workload.num_batches
+
+
+def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSource:
+    """Open the trace file, or draw the synthetic trace with `num_requests` unless the spec says how many.
+
+    Raises TraceError if the file cannot be read, or the synthetic trace would not fit into memory.
+    """
+    if isinstance(spec, FileTraceSpec):
+        return TraceFile.open(Path(spec.path))
+    workload = _workload(spec, num_requests)
+    _check_size(workload, model)
+    return concatenate(list(_draw(spec, model, workload)))
+
+
+def write_trace(spec: ScenarioSpec, path: Path, *, compress: bool) -> None:
+    """Write the trace that a scenario draws or names to a file, piece by piece."""
+    compression: Literal["zstd"] | None = "zstd" if compress else None
+    if isinstance(spec.trace, FileTraceSpec):
+        copy_trace(TraceFile.open(Path(spec.trace.path)), path, compression)
+        return
+    model = moe_model(spec.model)
+    parts = _draw(spec.trace, model, _workload(spec.trace, num_requests_needed(spec.workload)))
+    first = next(parts)
+    with TraceWriter(path, first.meta, compression=compression) as writer:
+        for part in itertools.chain([first], parts):
+            writer.write(part)
+
+
+def _workload(spec: SyntheticTraceSpec, num_requests: int) -> synthetic.SyntheticWorkload:
+    if isinstance(spec, PublishedTraceSpec):
+        return synthetic.published_workload(
+            spec.benchmark,
+            num_requests=spec.requests or num_requests,
+            num_images=spec.images,
+            num_text_tokens=spec.text_tokens,
+            num_decode_tokens=None if spec.output_tokens is None else spec.output_tokens - 1,
+        )
+    return synthetic.SyntheticWorkload(
+        num_requests=spec.requests or num_requests,
+        num_vision_tokens=spec.vision_tokens,
+        num_text_tokens=spec.text_tokens,
+        num_decode_tokens=spec.output_tokens - 1,
+    )
+
+
+def _draw(spec: SyntheticTraceSpec, model: ModelCard, workload: synthetic.SyntheticWorkload) -> Iterator[RoutingTrace]:
+    """Return the synthetic trace piece by piece."""
+    shape = TraceShape(layer_ids=model.moe_layer_ids, num_experts=model.num_experts, topk=model.topk)
+    options: dict[str, Any] = {"shape": shape, "workload": workload, "seed": spec.seed, "model": model.name}
+    if isinstance(spec, PublishedTraceSpec):
+        return synthetic.published(spec.benchmark, spec.method, **options)
+    if isinstance(spec, ZipfTraceSpec):
+        return synthetic.zipf(exponent=spec.exponent, **options)
+    return synthetic.uniform(**options)
+
+
+def _check_size(workload: synthetic.SyntheticWorkload, model: ModelCard) -> None:
+    num_tokens = workload.num_vision_tokens + workload.num_text_tokens + workload.num_decode_tokens
+    num_ids = workload.num_requests * num_tokens * len(model.moe_layer_ids) * model.topk
+    if num_ids > MAX_IDS_IN_MEMORY:
+        raise TraceError(
+            f"trace: {workload.num_requests} requests x {num_tokens} tokens x {len(model.moe_layer_ids)} layers x "
+            f"top-{model.topk} are {num_ids:.2g} expert ids, more than the {MAX_IDS_IN_MEMORY:.2g} that are drawn in "
+            "memory; use fewer or smaller batches, or shorter requests"
+        )

@@ -1,0 +1,127 @@
+"""Who may import what, how large a module may be, and what the command line must not load at its start."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "epsim"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+ANYONE_MAY = {"__init__", "units", "errors"}  # __init__: the version
+PARTS = {"atomic", "batch", "cluster", "cost", "metrics", "model", "placement", "scenario", "sim", "trace", "traffic"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": set(),
+    "units": set(),
+    "errors": set(),
+    "atomic": set(),
+    "trace": {"atomic"},
+    "cluster": set(),
+    "model": set(),
+    "placement": {"trace", "cluster"},
+    "traffic": {"trace", "placement", "cluster"},
+    "cost": {"cluster", "model", "placement"},
+    "sim": {"traffic", "cost", "cluster", "model"},
+    "metrics": set(),
+    "batch": {"cluster", "cost", "metrics", "model", "placement", "sim", "trace", "traffic"},
+    "report": {"atomic", "metrics"},
+    "scenario": set(),
+    "traces": {"model", "scenario", "trace"},
+    "run": PARTS | {"traces"},
+    "compare": {"run", "scenario"},
+    "warm_up": {"run", "scenario"},
+    "cli": {"run", "compare", "scenario", "report", "trace", "traces"},
+}
+UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
+HEAVY_AT_HOME = {
+    "torch": set(),
+    "numba": {"trace", "traffic", "sim"},
+    "networkx": {"cluster"},
+    "simpy": {"sim"},
+    "pyarrow": {"trace", "report"},
+    "pydantic": {"scenario"},
+    "typer": {"cli"},
+    "rich": {"cli", "report"},
+}
+MAX_LINES = 300
+LONGER_FOR_NOW = {"epsim/sim/analytic.py": 320, "epsim/sim/event.py": 310}
+
+
+def part_of(path: Path) -> str:
+    """Return the folder under epsim/ that a module is in, or its own name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Return the full names of all modules and names in them that a module imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Return the parts of epsim that a module imports; `from epsim import __version__` is `__init__`."""
+    known = {part_of(module) for module in MODULES}
+    parts = {name.split(".")[1] for name in imported_names(path) if name.startswith("epsim.")}
+    return {part if part in known else "__init__" for part in parts}
+
+
+def test_every_part_is_in_the_table() -> None:
+    assert {part_of(path) for path in MODULES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_table(path: Path) -> None:
+    part = part_of(path)
+    general = set() if part in UNITS_AND_ERRORS_USE_NOTHING else ANYONE_MAY
+    assert imported_parts(path) <= MAY_IMPORT[part] | general | {part}
+
+
+def test_the_table_has_no_way_back() -> None:
+    """Take away, again and again, the parts that import nothing that is left: a cycle would stay."""
+    left = {part: set(others) for part, others in MAY_IMPORT.items()}
+    while free := {part for part, others in left.items() if not others & set(left)}:
+        left = {part: others for part, others in left.items() if part not in free}
+    assert not left
+
+
+@pytest.mark.parametrize("library", HEAVY_AT_HOME)
+def test_libraries_stay_in_their_parts(library: str) -> None:
+    users = {part_of(path) for path in MODULES if library in {name.split(".")[0] for name in imported_names(path)}}
+    assert users <= HEAVY_AT_HOME[library]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LONGER_FOR_NOW.get(str(path.relative_to(ROOT)), MAX_LINES)
+    assert ast.get_docstring(ast.parse(text))
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the top-level modules that are loaded after running code in a new process."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*{{name.split('.')[0] for name in sys.modules}})"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+def test_importing_the_command_line_is_light() -> None:
+    loaded = loaded_by("import epsim.cli")
+    assert "typer" in loaded
+    assert not loaded & {"torch", "numpy", "numba", "scipy", "networkx", "simpy", "pyarrow", "pydantic", "yaml"}
+
+
+def test_a_simulation_loads_no_torch() -> None:
+    loaded = loaded_by("import epsim.run, epsim.compare, epsim.report.files, epsim.report.tables")
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "transformers", "matplotlib"}
