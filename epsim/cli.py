@@ -164,14 +164,22 @@ def check(path: TracePath) -> None:
 @trace_app.command()
 def export(
     path: TracePath,
-    parquet: Annotated[Path, typer.Option(metavar="FILE", help="Write a row per token and layer, for SQL.")],
+    parquet: Annotated[bool, typer.Option("--parquet", help="As Parquet: a row per token and layer, for SQL.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: beside the trace, as *.parquet.")
+    ] = None,
 ) -> None:
     """Export a trace for other tools."""
     from epsim.trace.file import TraceFile
     from epsim.trace.parquet import export_parquet
 
-    export_parquet(TraceFile.open(path), parquet)
-    typer.echo(f"wrote {parquet}", err=True)
+    if not parquet:
+        raise InputError("trace export: no format given; write --parquet")
+    target = output or path.with_suffix(".parquet")
+    if target.resolve() == path.resolve():
+        raise InputError(f"{path}: would be replaced by its own export; name another file with -o")
+    export_parquet(TraceFile.open(path), target)
+    typer.echo(f"wrote {target}", err=True)
 
 
 @trace_app.command()

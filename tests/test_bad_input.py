@@ -345,7 +345,7 @@ def test_trace_file(name: str, folder: Path, complaint: Complaint, trace_bytes: 
     for command in (
         ("simulate", "tiny.yaml", "--set", "trace=bad.trace", "--out", "out"),
         ("trace", "check", "bad.trace"),
-        ("trace", "export", "bad.trace", "--parquet", "copy.parquet"),
+        ("trace", "export", "bad.trace", "--parquet", "-o", "copy.parquet"),
         ("trace", "make", "tiny.yaml", "--set", "trace=bad.trace", "-o", "copy.parquet"),
     ):
         assert complaint(*command) == f"bad.trace: {rule}"
@@ -503,9 +503,21 @@ def test_output(command: tuple[str, ...], folder: Path, complaint: Complaint) ->
     assert complaint(*command) == OUTPUTS[command].format(folder=absolute)
 
 
+def test_export_without_a_format(folder: Path, complaint: Complaint, trace_bytes: bytes) -> None:
+    (folder / "t.trace").write_bytes(trace_bytes)
+    assert complaint("trace", "export", "t.trace") == "trace export: no format given; write --parquet"
+
+
+def test_export_over_the_trace_itself(folder: Path, complaint: Complaint, trace_bytes: bytes) -> None:
+    (folder / "t.parquet").write_bytes(trace_bytes)
+    line = "t.parquet: would be replaced by its own export; name another file with -o"
+    assert complaint("trace", "export", "t.parquet", "--parquet") == line
+
+
 def test_parquet_into_a_directory(folder: Path, complaint: Complaint, trace_bytes: bytes) -> None:
     (folder / "t.trace").write_bytes(trace_bytes)
-    assert complaint("trace", "export", "t.trace", "--parquet", "out") == "out: it is a directory; name a file to write"
+    command = ("trace", "export", "t.trace", "--parquet", "-o", "out")
+    assert complaint(*command) == "out: it is a directory; name a file to write"
 
 
 def test_output_is_not_writable(folder: Path, complaint: Complaint, monkeypatch: pytest.MonkeyPatch) -> None:

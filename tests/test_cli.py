@@ -354,7 +354,7 @@ def test_a_trace_in_a_file_gives_what_the_drawn_one_gave(epsim: Run) -> None:
 
 def test_trace_export(epsim: Run, tmp_path: Path) -> None:
     epsim("trace", "make", "tiny.yaml", "-o", "t.trace", says="wrote t.trace\n")
-    epsim("trace", "export", "t.trace", "--parquet", "t.parquet", says="wrote t.parquet\n")
+    epsim("trace", "export", "t.trace", "--parquet", says="wrote t.parquet\n")
     table = pq.read_table(tmp_path / "t.parquet")
     assert table.num_rows == 28 * 16  # a row per token and layer
     assert {len(ids) for ids in table["expert_ids"].to_pylist()} == {8}
