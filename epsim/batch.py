@@ -13,21 +13,26 @@ import numpy.typing as npt
 
 from epsim.cluster import Cluster
 from epsim.cost import HomeWork
+from epsim.errors import TraceError
 from epsim.metrics import Phase, RequestRecord, StepRecord, TransferCounts
 from epsim.model import ModelCard
 from epsim.placement import HomePlan, Placement
 from epsim.sim import PARTS, Execution, Fidelity, StepPlanner, StepResult, simulate_step
-from epsim.trace import Modality, TraceSource
+from epsim.trace import Modality, RoutingTrace, TraceSource, check_trace
 from epsim.traffic import TrafficCounter, count_remote
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A model on a cluster with its placement and homes, ready to run batches of a trace."""
+    """A model on a cluster with its placement and homes, ready to run batches of a trace.
+
+    check_rows: the trace comes from outside, so the rows of each batch are held to the invariants of traces.
+    """
 
     model: ModelCard
     cluster: Cluster
     trace: TraceSource
+    check_rows: bool
     placement: Placement
     homes: HomePlan
     counter: TrafficCounter
@@ -115,6 +120,8 @@ class _BatchRun:
         self._deployment = deployment
         self._homes = deployment.homes.assign(len(request_ids))
         self._rows = rows = deployment.trace.select(request_ids)
+        if deployment.check_rows:
+            _check_rows(rows, deployment.trace.name)
         # Rows come request by request in the order given: a change of id starts the next request of the batch.
         self._request_T = np.concatenate(([0], np.cumsum(np.diff(rows.request_id_T) != 0)))
         self._prompt_Q = np.bincount(self._request_T[rows.step_T == 0], minlength=len(request_ids))
@@ -187,6 +194,13 @@ class _BatchRun:
             route = (self._homes.prefill_Q[decoding_Q], self._homes.decode_Q[decoding_Q])
             np.add.at(moving_RR, route, self._prompt_Q[decoding_Q])
         return moving_RR
+
+
+def _check_rows(rows: RoutingTrace, name: str) -> None:
+    try:
+        check_trace(rows)
+    except TraceError as error:
+        raise TraceError(f"{name}: a request breaks an invariant of traces; `epsim trace check` names it") from error
 
 
 def _record(

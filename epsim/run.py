@@ -17,7 +17,7 @@ from epsim.errors import TraceError
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
 from epsim.placement import POLICIES, HomePlan, Placement, PlacementProblem, balanced, by_modality
-from epsim.scenario.spec import ScenarioSpec, TraceSpec, TransmissionSpec, WorkloadSpec
+from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TraceSpec, TransmissionSpec, WorkloadSpec
 from epsim.sim import StepPlanner, Transmission
 from epsim.sim.slices import Slice, slices_of
 from epsim.trace import TraceSource
@@ -74,6 +74,7 @@ def assemble(spec: ScenarioSpec) -> Deployment:
         model=model,
         cluster=cluster,
         trace=trace,
+        check_rows=isinstance(spec.trace, FileTraceSpec),
         placement=placement,
         homes=homes,
         counter=TrafficCounter(placement, transmission.num_chunks),

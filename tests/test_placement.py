@@ -333,7 +333,7 @@ def test_by_modality_adds_layers_and_follows_the_placement() -> None:
 def test_by_modality_splits_the_load_of_replicas() -> None:
     # Expert 0 on device 0; expert 1 on devices 1 and 2, half of its load on each: a tie, kept in device order.
     plan = by_modality(make_placement([[0, 1, 1]], [0, 0, 0], 2), np.array([[[0, 6]], [[4, 2]]]))
-    assert (plan.prefill_devices.tolist(), plan.decode_devices.tolist()) == ([0], [2])
+    assert (plan.prefill_devices.tolist(), plan.decode_devices.tolist()) == ([0], [1, 2])
 
 
 def test_by_modality_at_the_edges() -> None:

@@ -214,3 +214,19 @@ def test_every_token_of_a_batch_is_simulated() -> None:
     assert [step.num_tokens for step in outcome.steps[3]] == [81, 3, 3, 3]
     assert all(step.pairs_LR.sum() == step.num_tokens * 16 * 8 for step in outcome.steps[3])
     assert math.isfinite(outcome.results["batch_sizes"][0]["e2e_s"]["mean"])
+
+
+def test_a_file_that_breaks_an_invariant_is_refused(tmp_path: Path) -> None:
+    # The arrays are of the right shape and type, but token 3 of request 0 names an expert twice in layer 0.
+    from epsim.trace import synthetic
+    from epsim.trace.file import TraceWriter
+
+    workload = synthetic.SyntheticWorkload(num_requests=1, num_vision_tokens=2, num_text_tokens=2, num_decode_tokens=1)
+    (trace,) = synthetic.uniform(synthetic.OLMOE_SHAPE, workload, seed=0)
+    trace.topk_expert_ids_TLK.setflags(write=True)
+    trace.topk_expert_ids_TLK[3, 0, 1] = trace.topk_expert_ids_TLK[3, 0, 0]
+    with TraceWriter(tmp_path / "bad.arrow", trace.meta) as writer:
+        writer.write(trace)
+    spec = scenario(trace=str(tmp_path / "bad.arrow"), workload={"batch_sizes": [1]})
+    with pytest.raises(TraceError, match=r"bad\.arrow: a request breaks an invariant"):
+        simulate(spec)

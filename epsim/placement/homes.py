@@ -58,14 +58,15 @@ def by_modality(placement: Placement, expert_load_MLE: npt.NDArray[np.int64]) ->
     """Return the plan in which prefill lives where the vision experts are and decode where the text experts are.
 
     Devices are ranked by the share of vision tokens among all tokens that their experts serve, each modality
-    normalised by its total (as SMoES eq. 18 does); the upper half takes the prefill, the lower half the decode.
-    Ties keep the device order.
+    normalised by its total (as SMoES eq. 18 does); the upper half (rounded down) takes the prefill, the
+    rest the decode; a single device takes both. Ties keep the device order.
     """
     share_MR = _device_share(placement, expert_load_MLE)
     vision_share_R = share_MR[1] / np.maximum(share_MR.sum(axis=0), np.finfo(float).tiny)
     order = np.argsort(-vision_share_R, kind="stable").astype(np.int32)
     half = max(1, placement.num_devices // 2)
-    return HomePlan(prefill_devices=np.sort(order[:half]), decode_devices=np.sort(order[-half:]))
+    rest = max(1, placement.num_devices - half)
+    return HomePlan(prefill_devices=np.sort(order[:half]), decode_devices=np.sort(order[-rest:]))
 
 
 def _device_share(placement: Placement, expert_load_MLE: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
