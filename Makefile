@@ -2,12 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# Also reaches the environments in which pip builds.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/core.stamp
 	$(BIN)/epsim compare scenarios/orin-2x-olmoe.yaml \
+		--axis homes.policy=balanced,by_modality \
 		--axis placement.policy=contiguous,modality_bins \
 		--axis transmission.mode=sync,async \
 		--axis transmission.dedup=none,device
@@ -34,4 +37,4 @@ $(VENV)/dev.stamp: $(VENV)/core.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -200,7 +200,9 @@ def _check_rows(rows: RoutingTrace, name: str) -> None:
     try:
         check_trace(rows)
     except TraceError as error:
-        raise TraceError(f"{name}: a request breaks an invariant of traces; `epsim trace check` names it") from error
+        raise TraceError(
+            f"{name}: {error} (rows counted in its batch; `epsim trace check` counts them in the file)"
+        ) from error
 
 
 def _record(

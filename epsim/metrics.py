@@ -3,7 +3,7 @@
 Formulas: docs/metrics.md. Nothing here knows how the records came about; measured runs can fill them as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -140,8 +140,13 @@ def balancedness(pairs_by_step: Sequence[npt.NDArray[np.int64]]) -> dict[str, fl
     }
 
 
-def summarise_phase(steps: Sequence[StepRecord], link_names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the figures of the steps of one phase, means over steps; None without steps."""
+def summarise_phase(
+    steps: Sequence[StepRecord], link_names: Sequence[str], staging_links: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """Return the figures of the steps of one phase, means over steps; None without steps.
+
+    staging_links: those of the links that are copies between device and host.
+    """
     if not steps:
         return None
     busy_s_X = np.sum([step.link_busy_s_X for step in steps], axis=0)
@@ -162,6 +167,7 @@ def summarise_phase(steps: Sequence[StepRecord], link_names: Sequence[str]) -> d
             for name, busy, size in zip(link_names, busy_s_X, bytes_X, strict=True)
         },
         "balancedness": balancedness([step.pairs_LR for step in steps]),
+        "staging_s": float(busy_s_X[[name in staging_links for name in link_names]].sum() / len(steps)),
         "contended_steps_frac": float(np.mean(contended)) if contended else None,
     }
 
@@ -188,7 +194,7 @@ def summarise_batch_size(
     steps: Sequence[StepRecord],
     transfers: TransferCounts,
     link_names: Sequence[str],
-    staging_links: Sequence[str],
+    staging_links: Collection[str],
     duration_s: float,
     ttft_limit_s: float | None,
     tpot_limit_s: float | None,
@@ -200,11 +206,6 @@ def summarise_batch_size(
     prefill = [step for step in steps if step.phase == "prefill"]
     decode = [step for step in steps if step.phase == "decode"]
     num_tokens = sum(len(request.token_times_s) for request in requests)
-    phases = {"prefill": summarise_phase(prefill, link_names), "decode": summarise_phase(decode, link_names)}
-    for name, group in (("prefill", prefill), ("decode", decode)):
-        summary = phases[name]
-        if summary is not None:
-            summary["staging_s"] = _staging_s(group, link_names, staging_links)
     return {
         "batch_size": batch_size,
         "num_batches": len(prefill),
@@ -216,11 +217,6 @@ def summarise_batch_size(
         "goodput_rps": goodput_rps(requests, duration_s, ttft_limit_s, tpot_limit_s),
         "kv_exposed_s": float(np.mean([step.kv_exposed_s for step in prefill])),
         "transfer_ratio": transfers.ratios(),
-        **phases,
+        "prefill": summarise_phase(prefill, link_names, staging_links),
+        "decode": summarise_phase(decode, link_names, staging_links),
     }
-
-
-def _staging_s(steps: Sequence[StepRecord], link_names: Sequence[str], staging_links: Sequence[str]) -> float:
-    """Return the mean time per step that the host staging links were held, all of them together."""
-    chosen = np.isin(link_names, staging_links)
-    return float(np.mean([step.link_busy_s_X[chosen].sum() for step in steps]))

@@ -25,10 +25,6 @@ from epsim.trace.statistics import expert_load
 from epsim.traces import moe_model, num_requests_needed, open_trace
 from epsim.traffic import MessageFormat, TrafficCounter
 
-BYTES_PER_ELEMENT = {"bf16": 2.0, "fp8": 1.0}
-FP8_BLOCK, SCALE_BYTES = 128, 4.0  # one float32 scale for 128 values, as DeepEP sends FP8
-PAIR_BYTES = 8.0  # an int32 expert id and a float32 gate weight
-
 Advance = Callable[[], None]
 
 
@@ -66,7 +62,7 @@ def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, placement and homes of a scenario, and check that they fit together."""
     model = moe_model(spec.model)
     cluster = build_cluster(spec.cluster.model_dump())
-    trace, load_MLE = _trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
+    trace, load_MLE = _trace_and_load(*_trace_key(spec, model))
     _check_trace(trace, model, spec.workload)
     placement, homes = _place(spec, cluster, model, load_MLE)
     transmission = build_transmission(spec, model)
@@ -91,21 +87,23 @@ def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
         dedup=t.dedup,
         num_chunks=t.num_chunks if t.mode == "async" else 1,
         overlap_kv=spec.homes.kv_transfer == "overlapped",
-        message_format=MessageFormat(
-            dispatch_vector_bytes=_vector_bytes(model.hidden_size, t.dispatch_dtype),
-            combine_vector_bytes=_vector_bytes(model.hidden_size, t.combine_dtype),
-            pair_bytes=PAIR_BYTES,
-        ),
+        message_format=MessageFormat.of(model.hidden_size, t.dispatch_dtype, t.combine_dtype),
     )
 
 
-def _vector_bytes(hidden_size: int, dtype: str) -> float:
-    scales = -(-hidden_size // FP8_BLOCK) * SCALE_BYTES if dtype == "fp8" else 0.0
-    return hidden_size * BYTES_PER_ELEMENT[dtype] + scales
+def _trace_key(spec: ScenarioSpec, model: ModelCard) -> tuple[TraceSpec, ModelCard, int, tuple[int, int] | None]:
+    """Return what decides on the trace: for a file, also its present time of change and size."""
+    state = None
+    if isinstance(spec.trace, FileTraceSpec) and Path(spec.trace.path).exists():
+        status = Path(spec.trace.path).stat()
+        state = status.st_mtime_ns, status.st_size
+    return spec.trace, model, num_requests_needed(spec.workload), state
 
 
 @functools.lru_cache(maxsize=2)
-def _trace_and_load(spec: TraceSpec, model: ModelCard, num_requests: int) -> tuple[TraceSource, npt.NDArray[np.int64]]:
+def _trace_and_load(
+    spec: TraceSpec, model: ModelCard, num_requests: int, file_state: tuple[int, int] | None
+) -> tuple[TraceSource, npt.NDArray[np.int64]]:
     """Cached, because the scenarios of a comparison mostly share their trace."""
     trace = open_trace(spec, model, num_requests)
     return trace, expert_load(trace)
@@ -123,6 +121,11 @@ def _check_trace(trace: TraceSource, model: ModelCard, workload: WorkloadSpec) -
                 f"trace: {trace.name} has {noun} {_brief(found)}, model {model.name} has {_brief(wanted)}; "
                 "name the model that the trace was taken from"
             )
+    if model.vision is None and trace.requests.num_vision_tokens_Q.any():
+        raise TraceError(
+            f"trace: {trace.name} has vision tokens, model {model.name} no vision encoder; add model.vision, or use a "
+            "trace of text alone, e.g. trace.vision_tokens: 0"
+        )
     have, need = len(trace.requests.request_id_Q), num_requests_needed(workload)
     if have < need:
         raise TraceError(
@@ -179,9 +182,10 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
             homes=d.homes,
             kv_tokens_R=kv_tokens_R,
             tokens_R=tokens_R,
+            dedup=spec.transmission.dedup != "none",
         )
         account.check(batch_size)
-        if fullest is None or account.total_bytes_R.max() > fullest.total_bytes_R.max():
+        if fullest is None or account.headroom_bytes < fullest.headroom_bytes:
             fullest = account
     assert fullest is not None
     return fullest
@@ -190,7 +194,7 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
 def count_steps(spec: ScenarioSpec) -> int:
     """Return how many steps `simulate` will run, for a progress bar."""
     model = moe_model(spec.model)
-    trace, _ = _trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
+    trace, _ = _trace_and_load(*_trace_key(spec, model))
     limit = spec.workload.max_output_tokens
     total = 0
     for size in spec.workload.batch_sizes:
@@ -254,7 +258,7 @@ def _run_batch_size(
         steps=steps,
         transfers=transfers,
         link_names=[link.name for link in links],
-        staging_links=[link.name for link in links if link.is_staging],
+        staging_links={link.name for link in links if link.is_staging},
         duration_s=now_s,
         ttft_limit_s=slo.ttft,
         tpot_limit_s=slo.tpot,

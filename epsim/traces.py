@@ -43,7 +43,7 @@ def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSou
     """
     if isinstance(spec, FileTraceSpec):
         return TraceFile.open(Path(spec.path))
-    workload = _workload(spec, num_requests)
+    workload = _workload(spec, model, num_requests)
     _check_size(workload, model)
     return concatenate(list(_draw(spec, model, workload)))
 
@@ -55,17 +55,19 @@ def write_trace(spec: ScenarioSpec, path: Path, *, compress: bool) -> None:
         copy_trace(TraceFile.open(Path(spec.trace.path)), path, compression)
         return
     model = moe_model(spec.model)
-    parts = _draw(spec.trace, model, _workload(spec.trace, num_requests_needed(spec.workload)))
+    parts = _draw(spec.trace, model, _workload(spec.trace, model, num_requests_needed(spec.workload)))
     first = next(parts)
     with TraceWriter(path, first.meta, compression=compression) as writer:
         for part in itertools.chain([first], parts):
             writer.write(part)
 
 
-def _workload(spec: SyntheticTraceSpec, num_requests: int) -> synthetic.SyntheticWorkload:
+def _workload(spec: SyntheticTraceSpec, model: ModelCard, num_requests: int) -> synthetic.SyntheticWorkload:
     if isinstance(spec, PublishedTraceSpec):
+        own = {"tokens_per_image": model.vision.tokens_per_image} if model.vision else {}
         return synthetic.published_workload(
             spec.benchmark,
+            **own,
             num_requests=spec.requests or num_requests,
             num_images=spec.images,
             num_text_tokens=spec.text_tokens,

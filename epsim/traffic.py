@@ -2,13 +2,14 @@
 
 `TrafficCounter` makes a `StepTraffic` (counts) of one prefill or decode step; `MessageFormat` turns counts into bytes.
 Letters: T tokens, L MoE layers, K top-k, E logical experts, P slots, R devices (source, then destination), N nodes,
-C chunks of a source's tokens.
+C chunks of a source's tokens, G = R C groups of tokens, X = R + N places, W 64-bit words,
+M modalities.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numba
 import numpy as np
@@ -18,6 +19,7 @@ from epsim.placement import Placement
 
 Counts = npt.NDArray[np.int64]
 Dedup = Literal["none", "device", "node"]
+Dtype = Literal["bf16", "fp8"]
 _BLOCK_TOKENS = 256  # a block of routing stays in the L2 cache for its two passes
 _TOKENS_PER_THREAD = 4096
 _NUM_THREADS = os.cpu_count() or 1
@@ -67,6 +69,18 @@ class MessageFormat:
     combine_vector_bytes: float
     pair_bytes: float
 
+    @classmethod
+    def of(cls, hidden_size: int, dispatch_dtype: Dtype, combine_dtype: Dtype) -> Self:
+        """Return the format of hidden vectors in these dtypes; each pair has an int32 id and a float32 weight.
+
+        FP8 carries a float32 scale for every 128 values, as DeepEP sends it.
+        """
+        return cls(
+            dispatch_vector_bytes=_vector_bytes(hidden_size, dispatch_dtype),
+            combine_vector_bytes=_vector_bytes(hidden_size, combine_dtype),
+            pair_bytes=8.0,
+        )
+
     def dispatch_bytes(self, num_vectors: Counts, num_pairs: Counts) -> npt.NDArray[np.float64]:
         """Return vectors * dispatch_vector_bytes + pairs * pair_bytes, elementwise."""
         return np.asarray(num_vectors * self.dispatch_vector_bytes + num_pairs * self.pair_bytes, dtype=np.float64)
@@ -74,6 +88,10 @@ class MessageFormat:
     def combine_bytes(self, num_vectors: Counts) -> npt.NDArray[np.float64]:
         """Return vectors * combine_vector_bytes, elementwise."""
         return np.asarray(num_vectors * self.combine_vector_bytes, dtype=np.float64)
+
+
+def _vector_bytes(hidden_size: int, dtype: Dtype) -> float:
+    return hidden_size * 2.0 if dtype == "bf16" else hidden_size + 4.0 * -(-hidden_size // 128)
 
 
 class TrafficCounter:

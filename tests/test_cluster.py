@@ -426,3 +426,24 @@ def test_example_in_the_docs_builds() -> None:
     assert clusters
     for cluster in clusters:
         assert_sound(cluster)
+
+
+@pytest.mark.parametrize("name", ["a800-2x8", "h100-2x8", "h200-1x8"])
+def test_devices_of_a_node_reach_each_other_over_nvlink(name: str) -> None:
+    cluster = preset(name)
+    for src in range(cluster.num_devices):
+        for dst in cluster.devices_of_node[cluster.node_of_device_R[src]]:
+            assert src == dst or {link.name.split()[0] for link in cluster.route(src, dst)} == {"nvlink"}
+
+
+def test_of_equally_short_paths_the_widest_is_taken() -> None:
+    # By way of x the narrowest link has 1 GB/s, by way of y 2 GB/s.
+    links = [
+        {"from": "a0", "to": "x", "bandwidth": "9 GB/s"},
+        {"from": "x", "to": "a1", "bandwidth": "1 GB/s"},
+        {"from": "a0", "to": "y", "bandwidth": "2 GB/s"},
+        {"from": "y", "to": "a1", "bandwidth": "3 GB/s"},
+    ]
+    cluster = build(two_devices(links=links, switches=[{"name": "x"}, {"name": "y"}]))
+    assert hops(cluster, 0, 1) == ["a0", "y", "a1"]
+    assert hops(cluster, 1, 0) == ["a1", "y", "a0"]

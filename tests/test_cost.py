@@ -192,6 +192,7 @@ def make_account(homes: HomePlan | None = None, vision: VisionEncoder | None = V
         homes=homes or balanced(3),
         kv_tokens_R=np.array([10, 0, 7]),
         tokens_R=np.array([5, 0, 2]),
+        dedup=True,
     )
 
 
@@ -210,8 +211,12 @@ def test_memory_by_hand() -> None:
     account.check(batch_size=3)
 
 
-def test_buffers_of_two_devices_send_to_one() -> None:
-    # Top 2, but only one other device: (1 out + 0 in, 0 out + 1 in) vectors for each of 5 and 2 tokens.
+@pytest.mark.parametrize(
+    # Top 2, but only one other device: with dedup 1 vector for each of 5 and 2 tokens, else 2.
+    ("dedup", "vectors"),
+    [(True, 1), (False, 2)],
+)
+def test_buffers_of_two_devices_send_to_one(dedup: bool, vectors: int) -> None:
     account = account_memory(
         model=tiny_model(),
         cluster=star(2, 1.0),
@@ -224,8 +229,9 @@ def test_buffers_of_two_devices_send_to_one() -> None:
         homes=balanced(2),
         kv_tokens_R=np.array([0, 0]),
         tokens_R=np.array([5, 2]),
+        dedup=dedup,
     )
-    assert account.buffers_bytes_R.tolist() == [(5 + 2) * 4, (2 + 5) * 4]
+    assert account.buffers_bytes_R.tolist() == [(5 + 2) * 4 * vectors, (2 + 5) * 4 * vectors]
 
 
 def test_only_homes_hold_the_other_weights() -> None:

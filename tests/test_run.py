@@ -1,5 +1,6 @@
 """Whole scenarios: table S10, conservation, memory, determinism, and what the pieces say together."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from epsim.errors import CapacityError, TraceError
+from epsim.errors import CapacityError, ScenarioError, TraceError
 from epsim.report.files import to_json
 from epsim.run import count_steps, simulate
 from epsim.scenario import ScenarioSpec, check_scenario, load_scenario
+from epsim.trace import concatenate
 
 SCENARIOS = Path(__file__).parent.parent / "scenarios"
 
@@ -228,5 +230,82 @@ def test_a_file_that_breaks_an_invariant_is_refused(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "bad.arrow", trace.meta) as writer:
         writer.write(trace)
     spec = scenario(trace=str(tmp_path / "bad.arrow"), workload={"batch_sizes": [1]})
-    with pytest.raises(TraceError, match=r"bad\.arrow: a request breaks an invariant"):
+    with pytest.raises(TraceError, match=r"bad\.arrow: .* must be 8 different ones"):
         simulate(spec)
+
+
+def test_requests_of_different_lengths(tmp_path: Path) -> None:
+    # Prompts of 5, 6, 7 tokens and 1, 4, 0 decode tokens, balanced on two devices: requests 0 and 2 live on device 0,
+    # request 1 on device 1. Rows are shuffled and ids are not consecutive, as a capture may leave them.
+    from epsim.batch import _BatchRun
+    from epsim.run import assemble
+    from epsim.trace import TraceMeta, synthetic
+    from epsim.trace.file import TraceWriter
+
+    shape = synthetic.OLMOE_SHAPE
+    parts = []
+    for i, (prompt, decode) in enumerate([(5, 1), (6, 4), (7, 0)]):
+        workload = synthetic.SyntheticWorkload(
+            num_requests=1, num_vision_tokens=0, num_text_tokens=prompt, num_decode_tokens=decode
+        )
+        (part,) = synthetic.uniform(shape, workload, seed=i)
+        part.request_id_T.setflags(write=True)
+        part.request_id_T[:] = 10 * i + 3
+        parts.append(part)
+    meta: TraceMeta = parts[0].meta
+    trace = concatenate([dataclasses.replace(part, meta=meta) for part in parts])
+    shuffled = trace.take(np.random.default_rng(0).permutation(trace.num_tokens))
+    with TraceWriter(tmp_path / "mixed.arrow", meta) as writer:
+        writer.write(shuffled)
+    spec = scenario(trace=str(tmp_path / "mixed.arrow"), workload={"batch_sizes": [3]})
+
+    run = _BatchRun(assemble(spec), np.array([3, 13, 23]), None)
+    prefill = run._prefill_work(run.tokens(0))
+    assert prefill.tokens_R.tolist() == [12, 6]
+    assert prefill.attention_pairs_R.tolist() == [15 + 28, 21]  # n (n + 1) / 2
+    assert prefill.outputs_R.tolist() == [2, 1]
+    # Step s attends to its prompt and s output tokens: request 0 to 6 at step 1 only, request 1 to 7, 8, 9, 10.
+    contexts = [run._decode_work(run.tokens(step)).kv_tokens_R.tolist() for step in range(1, run.num_steps)]
+    assert contexts == [[6, 7], [0, 8], [0, 9], [0, 10]]
+
+    outcome = simulate(spec)
+    steps = outcome.steps[3]
+    assert [step.num_tokens for step in steps] == [18, 2, 1, 1, 1]
+    ends_s = [step.start_s + step.duration_s for step in steps]
+    (size,) = outcome.results["batch_sizes"]
+    assert size["output_tokens_per_s"] == pytest.approx((2 + 5 + 1) / ends_s[4])
+    # Two requests have a TPOT: one gap of the first, four of the second.
+    tpots_s = [ends_s[1] - ends_s[0], (ends_s[4] - ends_s[0]) / 4]
+    assert size["tpot_s"]["mean"] == pytest.approx(sum(tpots_s) / 2)
+    assert size["e2e_s"]["mean"] == pytest.approx((ends_s[1] + ends_s[4] + ends_s[0]) / 3)
+
+
+def test_vision_tokens_need_an_encoder() -> None:
+    raw = scenario().model_dump(by_alias=True, mode="json")
+    raw["model"]["vision"] = None
+    with pytest.raises(TraceError, match="has vision tokens, model OLMoE-1B-7B-0125 no vision encoder"):
+        simulate(check_scenario(raw))
+
+
+def test_a_trace_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    from epsim.traces import write_trace
+
+    path = tmp_path / "t.arrow"
+    spec = scenario(trace=str(path), workload={"batch_sizes": [1]})
+    ratios = []
+    for exponent in (0.0, 3.0):
+        trace = {"kind": "zipf", "exponent": exponent, "vision_tokens": 9, "text_tokens": 1, "output_tokens": 2}
+        write_trace(scenario(trace=trace), path, compress=False)
+        ratios.append(first(spec)["prefill"]["balancedness"]["ratio_of_sums"])
+    assert ratios[0] != ratios[1]
+
+
+def test_compute_dtype_chooses_the_rate() -> None:
+    raw = scenario(cluster="h200-1x8", workload={"batch_sizes": [8]}).model_dump(by_alias=True, mode="json")
+    plain = first(check_scenario(raw))["prefill"]["parts_s"]["vision"]
+    raw["model"]["compute_dtype"] = "fp8"
+    # H200: 1979 TFLOP/s in FP8, twice the BF16 rate, and the encoder is compute-bound.
+    assert plain / first(check_scenario(raw))["prefill"]["parts_s"]["vision"] == pytest.approx(2, rel=1e-3)
+    raw["model"]["compute_dtype"] = "int3"
+    with pytest.raises(ScenarioError, match=r'model\.compute_dtype: "int3" has no rate on'):
+        simulate(check_scenario(raw))

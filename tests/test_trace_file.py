@@ -211,7 +211,7 @@ def test_files_with_other_columns_or_metadata(tmp_path: Path) -> None:
             "format_version 7 is newer",
         ),
         (trace.meta.to_json().replace('"topk": 2', '"topk": 3'), "the column expert_ids has type"),
-        (trace.meta.to_json().replace('"num_experts": 8', '"num_experts": 4'), "expert id 7 must be below 4"),
+        (trace.meta.to_json().replace('"num_experts": 8', '"num_experts": 4'), "column expert_ids: 7 must be below 4"),
         ("nonsense", "its metadata is not a JSON object"),
     ):
         refused(good.replace_schema_metadata({"epsim": text}), message)
@@ -322,3 +322,17 @@ def test_parquet_export_leaves_nothing_when_the_source_fails(tmp_path: Path) -> 
     with pytest.raises(TraceError, match="record batch 2"):
         export_parquet(TraceFile.open(tmp_path / "b.arrow"), tmp_path / "b.parquet")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.arrow", "b.arrow"]
+
+
+@pytest.mark.parametrize(("column", "value"), [("modality_T", 200), ("phase_T", 2)])
+def test_codes_out_of_range_never_get_to_compiled_code(column: str, value: int, tmp_path: Path) -> None:
+    # They index arrays there, unchecked: reading must refuse them, whoever reads.
+    trace = full_trace()
+    codes = getattr(trace, column).copy()
+    codes[7] = value
+    with TraceWriter(tmp_path / "t.arrow", trace.meta) as writer:
+        writer.write(dataclasses.replace(trace, **{column: codes}))
+    rule = rf"t\.arrow: record batch 0, column {column.removesuffix('_T')}: {value} must be below 2"
+    for read in (lambda t: list(t.batches()), lambda t: t.select([0]), check_trace):
+        with pytest.raises(TraceError, match=rule):
+            read(TraceFile.open(tmp_path / "t.arrow"))

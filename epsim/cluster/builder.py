@@ -131,7 +131,7 @@ def _add_links(graph: nx.MultiDiGraph, spec: Mapping[str, Any]) -> tuple[Link, .
                     f'{path}.name: the link "{name}" is there twice; write it once, or give parallel links '
                     "different names"
                 )
-            graph.add_edge(source, target, link=len(links), name=name)
+            graph.add_edge(source, target, link=len(links), name=name, bytes_per_s=entry["bandwidth"])
             links[name] = _link(entry, name, source, target)
     return tuple(links.values())
 

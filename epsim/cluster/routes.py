@@ -2,7 +2,7 @@
 
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
 
@@ -53,6 +53,12 @@ def _paths_from(halved: nx.DiGraph, source: str, targets: Sequence[str]) -> list
     return [paths_to((target, "in")) if (target, "in") in predecessors else [] for target in targets]
 
 
+def _widest(paths: list[list[int]], rates: Mapping[int, float]) -> list[list[int]]:
+    """Return the paths whose narrowest link is the widest, in their order."""
+    widths = [min(rates[link] for link in path) for path in paths]
+    return [path for path, width in zip(paths, widths, strict=True) if width == max(widths)]
+
+
 def _flow_hash(source: str, destination: str) -> int:
     return zlib.crc32(f"{source}>{destination}".encode())
 
@@ -61,18 +67,20 @@ def shortest_routes(graph: nx.MultiDiGraph, devices: Sequence[str]) -> list[list
     """Return the link indices of the route of each ordered pair of devices: routes[src][dst].
 
     A route has the least number of links and passes through nics and switches only: devices do not forward.
-    Where n paths are equally short (equal-cost multipath), they are ordered lexicographically by the names of
-    the vertices and links on them, and a pair takes number crc32("source>destination") % n: a fixed hash of the flow,
-    as switches take one, so that flows can collide as they do there. A device's route to itself is empty.
+    Of several shortest ones it has the widest narrowest link. Where n paths are equal in both (equal-cost multipath),
+    they are ordered lexicographically by the names of the vertices and links on them, and a pair takes number
+    crc32("source>destination") % n: a fixed hash of the flow, as switches take one, so that flows can collide as they
+    do there. A device's route to itself is empty.
 
     Args:
-        graph: Vertices are names; edges have the attributes `link` (the index to return) and `name`.
+        graph: Vertices are names; edges have the attributes `link` (the index to return), `name` and `bytes_per_s`.
         devices: Names of the R devices in rank order.
 
     Raises:
         ClusterError: A pair of devices has no route.
     """
     order = _link_order(graph)
+    rates = {edge["link"]: edge["bytes_per_s"] for _, _, edge in graph.edges.data()}
     halved = _halved(order, set(devices))
     routes: list[list[list[int]]] = []
     for src, source in enumerate(devices):
@@ -85,5 +93,6 @@ def shortest_routes(graph: nx.MultiDiGraph, devices: Sequence[str]) -> list[list
                     f'cluster.links: no route from "{source}" to "{devices[dst]}"; devices do not forward: '
                     "write links that join the two directly or through nics and switches"
                 )
-            routes[src][dst] = [order[number][2] for number in paths[_flow_hash(source, devices[dst]) % len(paths)]]
+            links = _widest([[order[number][2] for number in path] for path in paths], rates)
+            routes[src][dst] = links[_flow_hash(source, devices[dst]) % len(links)]
     return routes

@@ -34,6 +34,11 @@ class MemoryAccount:
     def total_bytes_R(self) -> Floats:
         return self.experts_bytes_R + self.shared_bytes_R + self.kv_bytes_R + self.buffers_bytes_R
 
+    @property
+    def headroom_bytes(self) -> float:
+        """What the fullest device has left."""
+        return float((self.usable_bytes_R - self.total_bytes_R).min())
+
     def as_dict(self) -> dict[str, dict[str, float]]:
         """Return the account by device and item, as plain values."""
         items = {
@@ -51,7 +56,7 @@ class MemoryAccount:
 
     def check(self, batch_size: int) -> None:
         """Raise CapacityError, with the numbers of the fullest device, when some device has too little memory."""
-        worst = int(np.argmax(self.total_bytes_R - self.usable_bytes_R))
+        worst = int(np.argmin(self.usable_bytes_R - self.total_bytes_R))
         if self.total_bytes_R[worst] <= self.usable_bytes_R[worst]:
             return
         parts = {
@@ -76,18 +81,22 @@ def account_memory(
     homes: HomePlan,
     kv_tokens_R: npt.NDArray[np.int64],
     tokens_R: npt.NDArray[np.int64],
+    dedup: bool,
 ) -> MemoryAccount:
     """Return the account of a batch.
 
     kv_tokens_R: the most tokens whose KV cache a device holds at once. tokens_R: home tokens of the prefill; buffers
-    are for the worst case, as engines allocate them: each goes to min(K, R - 1) devices, and all of the others' come.
+    are for the worst case, as engines allocate them: each goes to min(K, R - 1) devices, and all of the others' come;
+    without `dedup` K vectors of each go, and K come.
     """
     num_moe_layers = len(model.moe_layer_ids)
     per_layer = model.attention_bytes * model.num_layers + model.dense_ffn_bytes * model.num_dense_layers
     per_layer += (model.router_bytes + model.shared_expert_bytes) * num_moe_layers
     vision_bytes = model.vision.weight_bytes if model.vision else 0
     shared_bytes = per_layer + model.embedding_bytes + model.lm_head_bytes + vision_bytes
-    copies = min(model.topk, cluster.num_devices - 1)
+    out = min(model.topk, cluster.num_devices - 1) if dedup or cluster.num_devices == 1 else model.topk
+    arriving = 1 if dedup else model.topk
+    vectors_R = tokens_R * out + (tokens_R.sum() - tokens_R) * arriving
     is_home_R = np.isin(np.arange(cluster.num_devices), homes.home_devices)
     return MemoryAccount(
         device_names=tuple(device.name for device in cluster.devices),
@@ -96,6 +105,6 @@ def account_memory(
         ),
         shared_bytes_R=np.where(is_home_R, float(shared_bytes), 0.0),
         kv_bytes_R=kv_tokens_R.astype(np.float64) * float(model.kv_bytes_per_token * model.num_layers),
-        buffers_bytes_R=(tokens_R * copies + tokens_R.sum() - tokens_R) * float(model.hidden_bytes_per_token),
+        buffers_bytes_R=vectors_R.astype(np.float64) * float(model.hidden_bytes_per_token),
         usable_bytes_R=np.array([d.memory_bytes * d.memory_usable_frac for d in cluster.devices]),
     )

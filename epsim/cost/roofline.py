@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim.cluster import Cluster
+from epsim.errors import ScenarioError
 from epsim.model import ModelCard
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.number]
-
-COMPUTE_DTYPE = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,16 @@ class RooflineCost:
     def __init__(self, model: ModelCard, cluster: Cluster) -> None:
         self._model = model
         devices = cluster.devices
-        self._flops_per_s_R = np.array([d.flops_per_s[COMPUTE_DTYPE] * d.compute_efficiency_frac for d in devices])
+        for device in devices:
+            if model.compute_dtype not in device.flops_per_s:
+                raise ScenarioError(
+                    f'model.compute_dtype: "{model.compute_dtype}" has no rate on {device.name}; write '
+                    f"cluster.device_types.{device.type_name}.flops.{model.compute_dtype}, or use "
+                    f"{' or '.join(device.flops_per_s)}"
+                )
+        self._flops_per_s_R = np.array(
+            [d.flops_per_s[model.compute_dtype] * d.compute_efficiency_frac for d in devices]
+        )
         self._bytes_per_s_R = np.array([d.memory_bytes_per_s * d.memory_efficiency_frac for d in devices])
         self._launch_s_R = np.array([d.launch_overhead_s for d in devices])
         self._expert_overhead_s_R = np.array([d.expert_overhead_s for d in devices])

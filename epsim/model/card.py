@@ -59,6 +59,7 @@ class ModelCard:
     dense_ffn_size: int | None = None
     moe: Moe | None = None
     vision: VisionEncoder | None = None
+    compute_dtype: str = "bf16"
     weight_dtype_bytes: float = 2.0
     activation_dtype_bytes: float = 2.0
     kv_dtype_bytes: float = 2.0

@@ -62,7 +62,7 @@ def _described(description: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{names[0]} .. {names[-1]} ({len(names)} devices)"
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:3])}, .. ({len(names)} devices)"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -165,7 +165,7 @@ def _memory_table(sizes: list[dict[str, Any]]) -> Table:
         "usable",
     )
     for size in sizes:
-        name, account = max(size["memory_bytes"].items(), key=lambda item: item[1]["total"])
+        name, account = max(size["memory_bytes"].items(), key=lambda item: item[1]["total"] - item[1]["usable"])
         items = ("experts", "other_weights", "kv_cache", "buffers", "total", "usable")
         table.add_row(str(size["batch_size"]), name, *(format_size(account[item]) for item in items))
     return table

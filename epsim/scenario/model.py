@@ -119,6 +119,7 @@ class ModelSpec(StrictModel):
     dense_ffn_size: PositiveInt | None = None
     moe: MoeSpec | None = None
     vision: VisionSpec | None = None
+    compute_dtype: Annotated[str, Field(min_length=1)] = "bf16"
     weight_dtype_bytes: DtypeBytes = 2.0
     activation_dtype_bytes: DtypeBytes = 2.0
     kv_dtype_bytes: DtypeBytes = 2.0

@@ -1,4 +1,4 @@
-"""`simulate_events`: a step through the event engine (or its SimPy twin), from `StepPlan` to `StepResult` and `Slices`.
+"""`simulate_events`: a `StepPlan` through the event engine or its SimPy twin, to a `StepResult` and `Execution`.
 
 Also here: the account of each device's time by part, read off the executed graph.
 """

@@ -284,7 +284,7 @@ def _add_combine(b: _Builder, plan: StepPlan, index: tuple[Ints, ...], done: Int
 
 
 def _add_kv(b: _Builder, plan: StepPlan, fronts_LR: Ints, heads_R: Ints) -> None:
-    """KV caches: layer by layer after its attention, or all of it after the step."""
+    """KV caches: layer by layer when its front is done, or all of a device's when it is done."""
     if plan.overlap_kv:
         layer, source, destination = (i.astype(np.int64) for i in np.nonzero(plan.kv_bytes_LRR))
         num_bytes = plan.kv_bytes_LRR[layer, source, destination]

@@ -1,6 +1,6 @@
 """The event engine said with SimPy: one process per device and per link (`run_graph`), to be read and to test by.
 
-The rules are those of `epsim.sim.event`, which runs the same graphs in compiled code, some hundred times faster.
+The rules are those of `epsim.sim.event`, which runs the same graphs in compiled code, some 25 times faster.
 """
 
 import bisect

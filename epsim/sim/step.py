@@ -31,7 +31,7 @@ class StepPlan:
     diagonal. With node-level dedup (`gateway_RN` given) they cross a node boundary only inside
     node_dispatch_bytes_LCRN and node_combine_bytes_LCRN, and travel between gateway and d on the far side.
     kv_bytes_LRR: KV cache from prefill home to decode home, per MoE layer (leading dense layers with the first).
-    overlap_kv: each layer's KV cache leaves as soon as its attention is done; else all of it after the step.
+    overlap_kv: each layer's KV cache leaves with the dispatch of its home; else all of it when that device is done.
     """
 
     mode: Mode

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from epsim.errors import TraceError
 from epsim.trace import schema as arrow
 from epsim.trace.index import Ints, RequestIndex, RequestTable, build_index
-from epsim.trace.meta import TraceMeta
+from epsim.trace.meta import Modality, Phase, TraceMeta
 from epsim.trace.parquet import export_parquet
 from epsim.trace.routing import RequestIds, RoutingTrace, column_layout, replay_order
 from epsim.trace.writer import TraceWriter, copy_trace
@@ -166,8 +166,10 @@ class TraceFile:
         if (i, name) not in self._verified:
             if batch.sums and arrow.checksum(values) != batch.sums.get(name):
                 raise TraceError(f"record batch {i}, column {name}: the CRC-32 is wrong; the file is damaged")
-            if name == "expert_ids" and values.size and values.max() >= self.meta.num_experts:
-                raise TraceError(f"record batch {i}: expert id {values.max()} must be below {self.meta.num_experts}")
+            # Codes and ids index arrays in compiled code, which does not look: a value out of range never gets there.
+            limit = {"expert_ids": self.meta.num_experts, "phase": len(Phase), "modality": len(Modality)}.get(name)
+            if limit is not None and values.size and values.max() >= limit:
+                raise TraceError(f"record batch {i}, column {name}: {values.max()} must be below {limit}")
             self._verified.add((i, name))
         return values
 

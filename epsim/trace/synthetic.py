@@ -100,17 +100,18 @@ def published_workload(
     *,
     num_requests: int,
     num_images: int = 1,
+    tokens_per_image: int = VISION_TOKENS_PER_IMAGE,
     num_text_tokens: int | None = None,
     num_decode_tokens: int | None = None,
 ) -> SyntheticWorkload:
-    """Return requests of 576 vision tokens per image, text and decode tokens in the proportion of table S10.
+    """Return requests of 576 vision tokens per image (by default), text and decode tokens in table S10's proportion.
 
     The paper gives the proportions of a benchmark only: per-request counts follow by rounding, e.g. for MMMU
     576 * 19 / 79 = 139 text and 576 * 2 / 79 = 15 decode tokens. Counts that are given are taken as they are.
     """
     transfer_ratios(benchmark, "baseline")
     vision, text, decode = TOKEN_MIX_PERCENT[benchmark]
-    num_vision = VISION_TOKENS_PER_IMAGE * num_images
+    num_vision = tokens_per_image * num_images
     return SyntheticWorkload(
         num_requests=num_requests,
         num_vision_tokens=num_vision,
