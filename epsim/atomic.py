@@ -14,23 +14,32 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises OutputError, before the block, if nothing can be written there.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"{target}: it is a directory; name a file to write")
+    named = Path(path)
+    require_replaceable(named)
+    target = named.resolve()  # a link stays a link: what it leads to is replaced
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    with write_errors(target):
+    with write_errors(named):
         part.touch()
     try:
         yield part
-        with write_errors(target):
+        with write_errors(named):
             part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
+def require_replaceable(path: Path) -> None:
+    """Raise OutputError where something stands that is not a regular file: a folder, a device, a pipe."""
+    with write_errors(path):
+        if path.is_dir():
+            raise OutputError(f"{path}: it is a directory; name a file to write")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: it is not a regular file; name a file to write")
+
+
 @contextmanager
 def write_errors(target: Path) -> Iterator[None]:
-    """Turn an OSError in the block into a OutputError that names `target`."""
+    """Turn an OSError in the block into an OutputError that names `target`."""
     try:
         yield
     except OSError as error:

@@ -27,12 +27,12 @@ trace_app = typer.Typer(name="trace", help="Look at, check, make and convert rou
 app.add_typer(scenario_app)
 app.add_typer(trace_app)
 
-ScenarioPath = Annotated[Path, typer.Argument(help="Scenario file (YAML).", metavar="SCENARIO")]
+ScenarioPath = Annotated[Path, typer.Argument(help="Scenario file (YAML).", metavar="SCENARIO", readable=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change a field, e.g. cluster.links[0].bandwidth='25 Gbit/s'."),
 ]
-TracePath = Annotated[Path, typer.Argument(help="Routing trace (Arrow IPC).", metavar="FILE")]
+TracePath = Annotated[Path, typer.Argument(help="Routing trace (Arrow IPC).", metavar="FILE", readable=False)]
 
 
 def _version(show: bool) -> None:
@@ -198,14 +198,13 @@ def make(
 
 
 def _print(renderable: Any) -> None:
-    """Print tables: as wide as the terminal, or in full where the output is not one."""
+    """Print tables in full, however narrow the terminal: a wrapped line can be read, a cut one cannot."""
     from rich.console import Console
 
-    options: dict[str, Any] = {"markup": False, "emoji": False}  # names are the user's
-    console = Console(**options)
-    if not console.is_terminal:
-        console = Console(**options, width=1000)
-    console.print(renderable)
+    console = Console(markup=False, emoji=False, width=1000)  # names are the user's
+    with console.capture() as captured:
+        console.print(renderable)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextmanager
@@ -232,18 +231,31 @@ def _progress(count: Callable[[], int] | None, label: str) -> Iterator[Callable[
 
 def main() -> None:
     """Entry point of the `epsim` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # "µs" on an ASCII terminal
     try:
         app(standalone_mode=True)
-    except EpsimError as error:
-        if "--debug" in sys.argv:
+        sys.stdout.flush()
+    except Exception as error:
+        line = _one_line(error)
+        if line is None or "--debug" in sys.argv:
             raise
-        typer.echo(f"epsim: {' '.join(str(error).splitlines())}", err=True)
+        typer.echo(f"epsim: {line}", err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except MemoryError:
-        if "--debug" in sys.argv:
-            raise
-        typer.echo("epsim: not enough memory on this machine; use smaller batches or shorter requests", err=True)
-        sys.exit(1)
+
+
+def _one_line(error: Exception) -> str | None:
+    """Return what to say of an error that is not epsim's own fault; None for one that is."""
+    if isinstance(error, EpsimError):
+        return " ".join(str(error).splitlines())
+    if isinstance(error, MemoryError):
+        return "not enough memory on this machine; use smaller batches or shorter requests"
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, RuntimeError) and "cannot cache function" in str(error):
+        return "no place to keep compiled kernels; set NUMBA_CACHE_DIR to a folder that can be written to"
+    return None
 
 
 if __name__ == "__main__":

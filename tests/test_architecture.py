@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": PARTS | {"traces"},
     "compare": {"run", "scenario"},
     "warm_up": {"run", "scenario"},
+    "__main__": {"cli"},
     "cli": {"run", "compare", "scenario", "report", "trace", "traces"},
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}

@@ -564,3 +564,11 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert "ScenarioError: gone.yaml: cannot be read" in done.stderr
+
+
+def test_an_output_that_is_no_regular_file_is_left_alone(folder: Path, complaint: Complaint) -> None:
+    os.mkfifo(folder / "pipe")
+    before = (folder / "pipe").lstat()
+    command = ("compare", "tiny.yaml", "--axis", "trace.seed=0,1", "--csv", "pipe")
+    assert complaint(*command) == "pipe: it is not a regular file; name a file to write"
+    assert (folder / "pipe").lstat().st_mode == before.st_mode

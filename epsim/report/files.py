@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from epsim.atomic import whole_file, write_errors
+from epsim.atomic import require_replaceable, whole_file, write_errors
 from epsim.errors import OutputError
 from epsim.metrics import StepRecord
 from epsim.report.timeline import TimelineSlice, timeline
@@ -22,7 +22,8 @@ from epsim.report.timeline import TimelineSlice, timeline
 
 def check_folder(folder: Path) -> None:
     """Raise OutputError if files can surely not be written into a folder, which need not be there yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with write_errors(folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise OutputError(f"{folder}: {there} is not a folder; name another path")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -31,8 +32,7 @@ def check_folder(folder: Path) -> None:
 
 def check_file(path: Path) -> None:
     """Raise OutputError if a file can surely not be written: it is a folder, or there is none to write it into."""
-    if path.is_dir():
-        raise OutputError(f"{path}: it is a directory; name a file to write")
+    require_replaceable(path)
     if not path.parent.exists():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it, or name another path")
     check_folder(path.parent)

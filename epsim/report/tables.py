@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.control import strip_control_codes
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +27,7 @@ def simulation_tables(results: dict[str, Any]) -> RenderableType:
     sizes = results["batch_sizes"]
     return Group(
         _title(results),
-        _latency_table(sizes),
+        _latency_table(sizes, results["scenario"]["workload"]["slo"]),
         _ratio_table(sizes),
         *(_parts_table(sizes, phase) for phase in ("prefill", "decode") if any(size[phase] for size in sizes)),
         _network_table(sizes),
@@ -37,8 +38,9 @@ def simulation_tables(results: dict[str, Any]) -> RenderableType:
 def _title(results: dict[str, Any]) -> Text:
     scenario, trace, homes = results["scenario"], results["trace"], results["homes"]
     transmission, placement = scenario["transmission"], scenario["placement"]
-    text = Text(scenario["name"], style="bold")
-    chunks = f" in {transmission['num_chunks']} chunks" if transmission["mode"] == "async" else ""
+    text = Text(strip_control_codes(scenario["name"]), style="bold")
+    num_chunks = transmission["num_chunks"] if transmission["mode"] == "async" else 1
+    chunks = f" in {num_chunks} chunks" if num_chunks > 1 else ""
     text.append(
         f"\n{scenario['model']['name']} on {scenario['cluster']['name']}; placement {placement['policy']}, "
         f"{transmission['mode']}{chunks}, "
@@ -74,20 +76,29 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _latency_table(sizes: list[dict[str, Any]]) -> Table:
-    table = _table(
-        "\nLatency and throughput (means over requests)",
-        "batch", "TTFT", "TPOT", "end to end", "output tokens/s", "balancedness, prefill", "decode",
-    )  # fmt: skip
+def _latency_table(sizes: list[dict[str, Any]], slo: dict[str, Any]) -> Table:
+    """TPOT holds the wait for KV caches after the prefill; goodput is there where limits are."""
+    has_limits = any(slo.values())
+    columns = [
+        "batch",
+        "TTFT",
+        "KV wait",
+        "TPOT",
+        "end to end",
+        "output tokens/s",
+        *(["goodput/s"] if has_limits else []),
+    ]
+    table = _table("\nLatency and throughput (means over requests)", *columns, "balancedness, prefill", "decode")
     for size in sizes:
-        table.add_row(
-            str(size["batch_size"]),
+        cells = [
             format_time(size["ttft_s"]["mean"]),
+            format_time(size["kv_exposed_s"]),
             format_time(size["tpot_s"]["mean"]) if size["tpot_s"] else "-",
             format_time(size["e2e_s"]["mean"]),
             f"{size['output_tokens_per_s']:.4g}",
-            *(_balancedness(size[phase]) for phase in ("prefill", "decode")),
-        )
+            *([f"{size['goodput_rps']:.4g}"] if has_limits else []),
+        ]
+        table.add_row(str(size["batch_size"]), *cells, *(_balancedness(size[phase]) for phase in ("prefill", "decode")))
     return table
 
 
@@ -147,7 +158,6 @@ def _network_table(sizes: list[dict[str, Any]]) -> Table:
                         name,
                         f"{100 * link['busy_frac']:.1f} %",
                         format_size(link["bytes_per_step"]),
-                        format_time(size["kv_exposed_s"]) if phase == "prefill" and row == 0 else "",
                     )
     return table
 
@@ -171,28 +181,35 @@ def _memory_table(sizes: list[dict[str, Any]]) -> Table:
     return table
 
 
+_COMPARED = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end", "output_tokens_per_s": "tokens/s"}
+
+
 def comparison_tables(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> RenderableType:
     """Return one table per batch size; rows as `epsim.compare.compare` makes them, best first."""
+    headings = [heading for name in _COMPARED.values() for heading in (name, "change")]
     tables = []
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
-        table = _table(f"\nBatch {batch_size}", *axes, "TTFT", "", "TPOT", " ", "end to end", "  ", "tokens/s", "   ")
+        table = _table(f"\nBatch {batch_size}", *_short(axes), *headings)
         for row in rows:
-            if row["batch_size"] != batch_size:
-                continue
-            cells = []
-            for name in ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s"):
-                value = row[name]
-                text = (
-                    "-"
-                    if value is None
-                    else format_time(value)
-                    if name.endswith("_s") and name != "output_tokens_per_s"
-                    else f"{value:.4g}"
-                )
-                cells += [text, _change(row, name)]
-            table.add_row(*(str(row[axis]) for axis in axes), *cells, style="bold" if row["is_baseline"] else "")
+            if row["batch_size"] == batch_size:
+                cells = [cell for name in _COMPARED for cell in (_value(row, name), _change(row, name))]
+                style = "bold" if row["is_baseline"] else ""
+                table.add_row(*(str(row[axis]) for axis in axes), *cells, style=style)
         tables.append(table)
     return Group(*tables)
+
+
+def _short(axes: Sequence[str]) -> list[str]:
+    """The last name of each path where no other path ends in it, else the path."""
+    last = [axis.rpartition(".")[2] for axis in axes]
+    return [name if last.count(name) == 1 else axis for name, axis in zip(last, axes, strict=True)]
+
+
+def _value(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if name == "output_tokens_per_s" else format_time(value)
 
 
 def _change(row: dict[str, Any], name: str) -> str:

@@ -31,6 +31,12 @@ def _has_bf16(flops: dict[str, float]) -> dict[str, float]:
     return flops
 
 
+def _not_tiny(segment_bytes: float) -> float:
+    if segment_bytes < 512:
+        raise ValueError(f'{segment_bytes:g} B is below 512 B, too many segments to simulate; write e.g. "64 KiB"')
+    return segment_bytes
+
+
 class StagingSpec(StrictModel):
     """The copy through host memory that every message takes where the network cannot reach device memory."""
 
@@ -83,7 +89,7 @@ class ClusterSpec(StrictModel):
     """A cluster file, or the `cluster` of a scenario written out."""
 
     name: _Name
-    segment: Size = 65536.0  # 64 KiB
+    segment: Annotated[Size, AfterValidator(_not_tiny)] = 65536.0  # 64 KiB
     device_types: dict[_Name, DeviceTypeSpec] = Field(min_length=1)
     devices: list[DeviceSpec] = Field(min_length=1)
     nics: list[VertexSpec] = Field(default_factory=list)

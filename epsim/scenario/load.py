@@ -110,6 +110,8 @@ def apply_override(raw: dict[str, Any], target: str, value: Any, origin: str = "
     if not _TARGET.fullmatch(target):
         raise ScenarioError(f"{where}: not a path; write names as in cluster.links[0].bandwidth")
     steps = re.findall(_STEP, target)
+    if steps[0] == "overrides":
+        raise ScenarioError(f'{origin} "{target}": overrides cannot be set; set the field itself')
     section = raw.get(steps[0])
     if target in _SWITCHES and not (isinstance(section, dict) and section.get(steps[1]) == value):
         raw[steps[0]] = {}

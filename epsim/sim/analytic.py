@@ -71,7 +71,7 @@ def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
 def _network(plan: StepPlan, cluster: Cluster) -> _Network:
     home_RR, device_RR = np.indices((plan.num_devices, plan.num_devices))
     node_R, gateway_RN = plan.node_of_device_R, plan.gateway_RN
-    far_RR = plan.crosses_nodes(home_RR, device_RR)
+    far_RR = plan.via_gateway(home_RR, device_RR)
     if gateway_RN is None:
         gateway_RN = np.zeros((plan.num_devices, plan.node_dispatch_bytes_LCRN.shape[3]), dtype=np.int32)
     node_RR = np.broadcast_to(node_R, home_RR.shape)

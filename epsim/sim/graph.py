@@ -1,8 +1,8 @@
 """`TaskGraph`: one step as compute tasks, messages and barriers with their order, built by `build_graph`.
 
 A compute task holds its device; a message goes along the route of its two ends; a barrier takes no time. Work is laid
-out as a rank's program runs it: layer by layer, in `async` mode without a barrier between ranks. Letters: N tasks,
-E edges, L MoE layers, C chunks, R devices.
+out as a rank's program runs it: layer by layer, in `async` mode without a barrier between ranks. Letters: N tasks
+(nodes in _LCRN), E edges, L MoE layers, C chunks, R devices.
 """
 
 from dataclasses import dataclass, field
@@ -209,7 +209,7 @@ def _add_dispatch(b: _Builder, plan: StepPlan, ready_LR: Ints) -> tuple[tuple[In
     index = tuple(i.astype(np.int64) for i in np.nonzero(plan.dispatch_bytes_LCRR))
     layer, _, source, destination = index
     delivery = np.empty(layer.shape, dtype=np.int64)
-    far = plan.crosses_nodes(source, destination)
+    far = plan.via_gateway(source, destination)
     near = tuple(i[~far] for i in index)
     direct = b.message(Work.DISPATCH, near[0], near[2], near[3], near[2], plan.dispatch_bytes_LCRR[near])
     b.edge(ready_LR[near[0], near[2]], direct)
@@ -259,7 +259,7 @@ def _add_combine(b: _Builder, plan: StepPlan, index: tuple[Ints, ...], done: Int
     Returns layer, home and id of every message that arrives at a home.
     """
     layer, chunk, home, device = index
-    far = plan.crosses_nodes(home, device)
+    far = plan.via_gateway(home, device)
     near = tuple(i[~far] for i in index)
     direct = b.message(Work.COMBINE, near[0], near[3], near[2], near[2], plan.combine_bytes_LCRR[near])
     b.edge(done[~far], direct)

@@ -1,6 +1,6 @@
 """`Slice`: who did what when, for timelines, read off an executed step by `slices_of`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,46 +42,46 @@ class Slice:
 
 def slices_of(execution: Execution, phase: str, step: int, offset_s: float) -> list[Slice]:
     """Return the slices of one step that starts at offset_s."""
-    graph, run = execution.graph, execution.run
+    kind_N = execution.graph.kind_N
     slices: list[Slice] = []
-    for task in np.flatnonzero(graph.kind_N == Kind.COMPUTE):
-        start_s = offset_s + float(run.start_s_N[task])
-        layer, device, work = (
-            int(graph.layer_N[task]),
-            int(graph.source_N[task]),
-            Work(int(graph.work_N[task])),
-        )
-        if work == Work.FRONT:
-            slices += _front_slices(execution, layer, device, start_s)
-        elif graph.duration_s_N[task] > 0:
-            peer = int(graph.origin_N[task]) if work == Work.REMOTE_EXPERTS else -1
-            end_s = offset_s + float(run.end_s_N[task])
-            slices.append(
-                Slice(
-                    device=device,
-                    track="compute",
-                    name=_NAMES[work],
-                    start_s=start_s,
-                    end_s=end_s,
-                    layer=layer,
-                    peer=peer,
-                )
-            )
-    for task in np.flatnonzero(graph.kind_N == Kind.MESSAGE):
-        source, destination = int(graph.source_N[task]), int(graph.destination_N[task])
-        name, message_id = _NAMES[Work(int(graph.work_N[task]))], f"{phase}-{step}-{task}"
-        for device, peer, track, begin, end in (
-            (source, destination, "tx", run.start_s_N[task], run.sent_s_N[task]),
-            (destination, source, "rx", run.incoming_s_N[task], run.end_s_N[task]),
-        ):
-            slices.append(
-                Slice(
-                    device=device, track="tx" if track == "tx" else "rx", name=name, start_s=offset_s + float(begin),
-                    end_s=offset_s + float(end), layer=int(graph.layer_N[task]), peer=peer,
-                    num_bytes=float(graph.bytes_N[task]), message_id=message_id,
-                )
-            )  # fmt: skip
+    for task in np.flatnonzero(kind_N == Kind.COMPUTE):
+        slices += _compute_slices(execution, int(task), offset_s)
+    for task in np.flatnonzero(kind_N == Kind.MESSAGE):
+        slices += _message_slices(execution, int(task), f"{phase}-{step}-{task}", offset_s)
     return slices
+
+
+def _compute_slices(execution: Execution, task: int, offset_s: float) -> list[Slice]:
+    """A front is several slices, a task that takes no time none."""
+    graph, run = execution.graph, execution.run
+    start_s, end_s = offset_s + float(run.start_s_N[task]), offset_s + float(run.end_s_N[task])
+    layer, device, work = int(graph.layer_N[task]), int(graph.source_N[task]), Work(int(graph.work_N[task]))
+    if work == Work.FRONT:
+        return _front_slices(execution, layer, device, start_s)
+    if not graph.duration_s_N[task]:
+        return []
+    peer = int(graph.origin_N[task]) if work == Work.REMOTE_EXPERTS else -1
+    name = _NAMES[work]
+    return [Slice(device=device, track="compute", name=name, start_s=start_s, end_s=end_s, layer=layer, peer=peer)]
+
+
+def _message_slices(execution: Execution, task: int, message_id: str, offset_s: float) -> tuple[Slice, Slice]:
+    """The message as it leaves its source and as it comes to its destination."""
+    graph, run = execution.graph, execution.run
+    source, destination = int(graph.source_N[task]), int(graph.destination_N[task])
+    tx = Slice(
+        device=source,
+        track="tx",
+        name=_NAMES[Work(int(graph.work_N[task]))],
+        start_s=offset_s + float(run.start_s_N[task]),
+        end_s=offset_s + float(run.sent_s_N[task]),
+        layer=int(graph.layer_N[task]),
+        peer=destination,
+        num_bytes=float(graph.bytes_N[task]),
+        message_id=message_id,
+    )
+    arrival = offset_s + float(run.incoming_s_N[task]), offset_s + float(run.end_s_N[task])
+    return tx, replace(tx, device=destination, track="rx", peer=source, start_s=arrival[0], end_s=arrival[1])
 
 
 def _front_slices(execution: Execution, layer: int, device: int, start_s: float) -> list[Slice]:

@@ -57,18 +57,15 @@ class StepPlan:
         num_layers, num_chunks, num_devices, _ = self.dispatch_bytes_LCRR.shape
         if num_layers == 0 or (self.mode == "sync" and num_chunks != 1):
             raise ValueError("a step needs at least one MoE layer, and exactly one chunk in mode sync")
-        expected = {
-            "attention_s_LR": (num_layers, num_devices),
-            "experts_s_LR": (num_layers, num_devices),
-            "local_s_LR": (num_layers, num_devices),
-            "remote_s_LCRR": (num_layers, num_chunks, num_devices, num_devices),
-            "combine_bytes_LCRR": (num_layers, num_chunks, num_devices, num_devices),
-            "kv_bytes_LRR": (num_layers, num_devices, num_devices),
-            "head_s_R": (num_devices,),
-        }
-        for name, shape in expected.items():
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
+        layers, chunks, devices = num_layers, num_chunks, num_devices
+        nodes = self.node_dispatch_bytes_LCRN.shape[-1]
+        shape_of = {"_s_R": (devices,), "_LR": (layers, devices), "_LRR": (layers, devices, devices)}
+        shape_of |= {"_LCRR": (layers, chunks, devices, devices), "_LCRN": (layers, chunks, devices, nodes)}
+        shape_of |= {"_RN": (devices, nodes), "node_of_device_R": (devices,)}
+        for name, array in vars(self).items():
+            suffix = max((end for end in shape_of if name.endswith(end)), key=len, default=None)
+            if suffix is not None and array is not None and array.shape != shape_of[suffix]:
+                raise ValueError(f"{name} has shape {array.shape}, not {shape_of[suffix]}")
 
     @property
     def num_layers(self) -> int:
@@ -85,7 +82,7 @@ class StepPlan:
         front_s_LR[0] += self.vision_s_R
         return front_s_LR
 
-    def crosses_nodes(self, source: npt.NDArray[np.intp], destination: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    def via_gateway(self, source: npt.NDArray[np.intp], destination: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Whether the messages of these pairs go through a gateway."""
         if self.gateway_RN is None:
             return np.zeros(source.shape, dtype=bool)
