@@ -79,9 +79,11 @@ def compare(
         raise ScenarioError("--axis: the batch sizes differ; write them all with --set workload.batch_sizes=[...]")
     rows = []
     for combination, spec in zip(combinations, specs, strict=True):
-        for size in simulate(spec, advance).results["batch_sizes"]:
+        results = simulate(spec, advance).results
+        for size in results["batch_sizes"]:
             row: dict[str, Any] = {
                 **combination,
+                "trace_origin": results["trace"]["origin"],
                 "batch_size": size["batch_size"],
                 "is_baseline": combination == baseline,
             }

@@ -286,7 +286,7 @@ def test_compare_csv(epsim: Run, tmp_path: Path) -> None:
     epsim("compare", "tiny.yaml", *AXES, "--csv", "rows.csv", "--baseline", "transmission.dedup=device")
     rows = read_rows(tmp_path / "rows.csv")
     assert list(rows[0]) == [
-        "transmission.mode", "transmission.dedup", "batch_size", "is_baseline",
+        "transmission.mode", "transmission.dedup", "trace_origin", "batch_size", "is_baseline",
         "ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s",
         "ttft_s_change_percent", "tpot_s_change_percent", "e2e_s_change_percent", "output_tokens_per_s_change_percent",
     ]  # fmt: skip
@@ -367,3 +367,13 @@ def test_traces_are_the_same_bytes_every_time(epsim: Run, tmp_path: Path) -> Non
     process("trace", "make", "tiny.yaml", "-o", "c.trace", "--set", "trace.seed=1", cwd=tmp_path)
     first, again, other = ((tmp_path / f"{name}.trace").read_bytes() for name in "abc")
     assert first == again != other
+
+
+def test_every_output_says_that_the_routing_is_synthetic(epsim: Run, tmp_path: Path) -> None:
+    process("simulate", "tiny.yaml", "--out", "out", cwd=tmp_path)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["trace"]["origin"] == "synthetic"
+    assert json.loads((tmp_path / "out" / "timeline.json").read_text())["otherData"] == {"trace_origin": "synthetic"}
+    steps = pq.read_table(tmp_path / "out" / "steps.parquet")
+    assert set(steps["trace_origin"].to_pylist()) == {"synthetic"}
+    assert "routing: SYNTHETIC" in epsim("compare", "tiny.yaml", *AXES, "--csv", "rows.csv")
+    assert {row["trace_origin"] for row in read_rows(tmp_path / "rows.csv")} == {"synthetic"}

@@ -54,10 +54,11 @@ def write_run(
     """Write the files of a run and return their paths; no timeline.json where nothing was executed (closed form)."""
     contents: dict[str, bytes] = {"results.json": to_json(results).encode()}
     buffer = io.BytesIO()
-    pq.write_table(steps_table(steps, device_names), buffer)
+    origin = results["trace"]["origin"]
+    pq.write_table(steps_table(steps, device_names, origin), buffer)
     contents["steps.parquet"] = buffer.getvalue()
     if slices:
-        contents["timeline.json"] = json.dumps(timeline(slices, device_names), allow_nan=False).encode()
+        contents["timeline.json"] = json.dumps(timeline(slices, device_names, origin), allow_nan=False).encode()
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -71,7 +72,7 @@ def write_run(
     return paths
 
 
-def steps_table(steps: Mapping[int, Sequence[StepRecord]], device_names: Sequence[str]) -> pa.Table:
+def steps_table(steps: Mapping[int, Sequence[StepRecord]], device_names: Sequence[str], trace_origin: str) -> pa.Table:
     """Return one row per batch size, batch, step and device, with the seconds of each part."""
     columns: dict[str, list[Any]] = {}
     for batch_size, records in steps.items():
@@ -89,6 +90,7 @@ def steps_table(steps: Mapping[int, Sequence[StepRecord]], device_names: Sequenc
                     "kv_exposed_s": record.kv_exposed_s,
                     **{f"{part}_s": float(seconds_R[r]) for part, seconds_R in record.parts_s.items()},
                     "served_pairs": int(record.pairs_LR[:, r].sum()),
+                    "trace_origin": trace_origin,
                 }
                 for name, value in row.items():
                     columns.setdefault(name, []).append(value)

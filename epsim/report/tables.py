@@ -48,10 +48,14 @@ def _title(results: dict[str, Any]) -> Text:
         f"homes: prefill on {_some(homes['prefill'])}, decode on {_some(homes['decode'])}\n",
         style="not bold",
     )
-    origin = f"routing: {trace['origin'].upper()}" if trace["origin"] != "captured" else "routing: captured"
+    origin = _origin(trace["origin"])
     mock = ", from MOCK tokens" if trace["mock"] else ""
     text.append(f"{origin}{mock}: {_described(trace['description'])}", style="yellow not bold")
     return text
+
+
+def _origin(origin: str) -> str:
+    return f"routing: {origin if origin == 'captured' else origin.upper()}"
 
 
 def _described(description: str) -> str:
@@ -143,7 +147,6 @@ def _network_table(sizes: list[dict[str, Any]]) -> Table:
         "link",
         "held",
         "bytes",
-        "KV wait",
     )
     for size in sizes:
         for phase in ("prefill", "decode"):
@@ -187,7 +190,8 @@ _COMPARED = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end", "output_
 def comparison_tables(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> RenderableType:
     """Return one table per batch size; rows as `epsim.compare.compare` makes them, best first."""
     headings = [heading for name in _COMPARED.values() for heading in (name, "change")]
-    tables = []
+    origins = sorted({row["trace_origin"] for row in rows})
+    tables: list[RenderableType] = [Text("; ".join(map(_origin, origins)), style="yellow")]
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
         table = _table(f"\nBatch {batch_size}", *_short(axes), *headings)
         for row in rows:

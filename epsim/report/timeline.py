@@ -34,8 +34,8 @@ class TimelineSlice(Protocol):
 _FIRST_LANE = {"compute": 0, "tx": 100, "rx": 200}
 
 
-def timeline(slices: Iterable[TimelineSlice], device_names: Sequence[str]) -> dict[str, Any]:
-    """Return the trace-event object of the slices."""
+def timeline(slices: Iterable[TimelineSlice], device_names: Sequence[str], trace_origin: str) -> dict[str, Any]:
+    """Return the trace-event object of the slices; where their routing came from stands in its `otherData`."""
     events: list[dict[str, Any]] = []
     lanes: dict[tuple[int, str], list[float]] = {}
     for piece in sorted(slices, key=lambda s: (s.start_s, s.end_s, s.device, s.track, s.name, s.peer)):
@@ -56,7 +56,11 @@ def timeline(slices: Iterable[TimelineSlice], device_names: Sequence[str]) -> di
         )
         if piece.track != "compute":
             events.append(_arrow_end(piece, place))
-    return {"traceEvents": [*_names(lanes, device_names), *events], "displayTimeUnit": "ns"}
+    return {
+        "traceEvents": [*_names(lanes, device_names), *events],
+        "displayTimeUnit": "ns",
+        "otherData": {"trace_origin": trace_origin},
+    }
 
 
 def _free_lane(busy_until_s: list[float], piece: TimelineSlice) -> int:
