@@ -159,15 +159,10 @@ def _place(
 
 def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) -> MemoryAccount:
     """Return the memory account of the fullest batch of a size; CapacityError when it does not fit."""
-    d, table = deployment, deployment.trace.requests
-    limit = spec.workload.max_output_tokens
+    d = deployment
     fullest: MemoryAccount | None = None
     for batch in range(spec.workload.num_batches):
-        rows = slice(batch * batch_size, (batch + 1) * batch_size)
-        prompt_Q = table.num_prefill_tokens_Q[rows].astype(np.int64)
-        decode_Q = table.num_decode_tokens_Q[rows].astype(np.int64)
-        if limit is not None:
-            decode_Q = np.minimum(decode_Q, limit - 1)
+        prompt_Q, decode_Q = _lengths(d.trace, spec.workload, batch_size, batch)
         homes = d.homes.assign(batch_size)
         kv_tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
         np.add.at(kv_tokens_R, homes.decode_Q, prompt_Q + decode_Q)
@@ -195,14 +190,23 @@ def count_steps(spec: ScenarioSpec) -> int:
     """Return how many steps `simulate` will run, for a progress bar."""
     model = moe_model(spec.model)
     trace, _ = _trace_and_load(*_trace_key(spec, model))
-    limit = spec.workload.max_output_tokens
-    total = 0
-    for size in spec.workload.batch_sizes:
-        for batch in range(spec.workload.num_batches):
-            decode_Q = trace.requests.num_decode_tokens_Q[batch * size : (batch + 1) * size]
-            longest = int(decode_Q.max(initial=0))
-            total += 1 + (longest if limit is None else min(longest, limit - 1))
-    return total
+    return sum(
+        1 + int(_lengths(trace, spec.workload, size, batch)[1].max(initial=0))
+        for size in spec.workload.batch_sizes
+        for batch in range(spec.workload.num_batches)
+    )
+
+
+def _lengths(
+    trace: TraceSource, workload: WorkloadSpec, batch_size: int, batch: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the prompt tokens and the decode tokens that are run, int64 [Q], of the requests of a batch."""
+    rows = slice(batch * batch_size, (batch + 1) * batch_size)
+    prompt_Q = trace.requests.num_prefill_tokens_Q[rows].astype(np.int64)
+    decode_Q = trace.requests.num_decode_tokens_Q[rows].astype(np.int64)
+    if workload.max_output_tokens is not None:
+        decode_Q = np.minimum(decode_Q, workload.max_output_tokens - 1)
+    return prompt_Q, decode_Q
 
 
 def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:

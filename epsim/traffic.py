@@ -2,13 +2,13 @@
 
 `TrafficCounter` makes a `StepTraffic` (counts) of one prefill or decode step; `MessageFormat` turns counts into bytes.
 Letters: T tokens, L MoE layers, K top-k, E logical experts, P slots, R devices (source, then destination), N nodes,
-C chunks of a source's tokens, G = R C groups of tokens, X = R + N places, W 64-bit words,
-M modalities.
+C chunks of a source's tokens, G = R C groups of tokens, X = R + N places, W 64-bit words, M modalities.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Self
 
 import numba
@@ -44,7 +44,7 @@ class StepTraffic:
     source_experts_LRR: Counts
     slot_load_LP: Counts
 
-    @property
+    @cached_property
     def device_pairs_LR(self) -> Counts:
         """Pairs that each device serves, from all sources."""
         return np.asarray(self.pairs_LCRR.sum(axis=(1, 2)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.tiny import make_placement
 from reference.traffic import slot_for
 
 from epsim.errors import PlacementError
@@ -36,15 +37,6 @@ def make_problem(
         num_experts=num_experts,
         node_of_device_R=np.array(node_R, np.int32),
         expert_load_MLE=load.astype(np.int64),
-    )
-
-
-def make_placement(p2l_LP: list[list[int]], node_R: list[int], num_experts: int) -> Placement:
-    return Placement(
-        policy="test",
-        num_experts=num_experts,
-        physical_to_logical_LP=np.array(p2l_LP, np.int32),
-        node_of_device_R=np.array(node_R, np.int32),
     )
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reference import traffic as slow
+from reference.tiny import make_placement
 
 from epsim.placement import Placement
 from epsim.traffic import MessageFormat, StepTraffic, TrafficCounter, count_remote
@@ -15,15 +16,6 @@ from epsim.traffic import MessageFormat, StepTraffic, TrafficCounter, count_remo
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 Ids = NDArray[np.uint8] | NDArray[np.uint16]
 Case = tuple[Ids, NDArray[np.int32], Placement, int]
-
-
-def make_placement(p2l_LP: list[list[int]], node_R: list[int], num_experts: int) -> Placement:
-    return Placement(
-        policy="test",
-        num_experts=num_experts,
-        physical_to_logical_LP=np.array(p2l_LP, np.int32),
-        node_of_device_R=np.array(node_R, np.int32),
-    )
 
 
 def random_placement(rng: np.random.Generator, num_layers: int, num_experts: int, num_devices: int) -> Placement:

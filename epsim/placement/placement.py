@@ -71,10 +71,10 @@ class Placement:
         A replica on the source device itself, else one in its node, else any; among several candidates the source
         takes number (source mod candidates), a choice fixed in advance as SGLang's static dispatch makes it.
         """
-        first_LE = np.argsort(self.physical_to_logical_LP, axis=1, kind="stable").astype(np.int32)
-        if self.physical_to_logical_LP.shape[1] == self.num_experts:
-            return np.broadcast_to(first_LE, (self.num_devices, *first_LE.shape)).copy()
-        return self._choose_replicas()
+        if self.physical_to_logical_LP.shape[1] > self.num_experts:
+            return self._choose_replicas()
+        slot_LE = np.argsort(self.physical_to_logical_LP, axis=1, kind="stable").astype(np.int32)
+        return np.tile(slot_LE, (self.num_devices, 1, 1))
 
     def _choose_replicas(self) -> IntArray:
         table_RLE = np.empty((self.num_devices, self.num_layers, self.num_experts), np.int32)

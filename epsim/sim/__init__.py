@@ -6,11 +6,10 @@ Engines (`simulate_step`): "event" (compiled), "simpy" (the same, readable and s
 from typing import Literal
 
 from epsim.cluster import Cluster
-from epsim.sim import simpy_engine
 from epsim.sim.analytic import simulate_analytic
 from epsim.sim.engine import Execution, simulate_events
 from epsim.sim.planner import StepPlanner, Transmission
-from epsim.sim.step import COMPUTE_PARTS, PARTS, StepPlan, StepResult
+from epsim.sim.step import PARTS, StepPlan, StepResult
 
 Fidelity = Literal["event", "simpy", "analytic"]
 
@@ -20,12 +19,13 @@ def simulate_step(plan: StepPlan, cluster: Cluster, fidelity: Fidelity) -> tuple
     if fidelity == "analytic":
         return simulate_analytic(plan, cluster), None
     if fidelity == "simpy":
+        from epsim.sim import simpy_engine  # here: no other run needs SimPy
+
         return simulate_events(plan, cluster, simpy_engine.run_graph)
     return simulate_events(plan, cluster)
 
 
 __all__ = [
-    "COMPUTE_PARTS",
     "PARTS",
     "Execution",
     "Fidelity",

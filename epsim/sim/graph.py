@@ -215,9 +215,8 @@ def _add_dispatch(b: _Builder, plan: StepPlan, ready_LR: Ints) -> tuple[tuple[In
     b.edge(ready_LR[near[0], near[2]], direct)
     delivery[~far] = direct
     if plan.gateway_RN is not None:
-        at_gateway = _add_node_messages(b, plan, Work.DISPATCH, plan.node_dispatch_bytes_LCRN)
-        layer_n, _, source_n, _ = np.nonzero(plan.node_dispatch_bytes_LCRN)
-        b.edge(ready_LR[layer_n, source_n], at_gateway[np.nonzero(plan.node_dispatch_bytes_LCRN)])
+        layer_n, source_n, sent, at_gateway = _add_node_messages(b, plan, Work.DISPATCH, plan.node_dispatch_bytes_LCRN)
+        b.edge(ready_LR[layer_n, source_n], sent)
         far_index = tuple(i[far] for i in index)
         delivery[far] = _forward(b, plan, far_index, at_gateway)
     return index, delivery
@@ -240,17 +239,19 @@ def _forward(b: _Builder, plan: StepPlan, index: tuple[Ints, ...], at_gateway_LC
     return delivery
 
 
-def _add_node_messages(b: _Builder, plan: StepPlan, work: Work, bytes_LCRN: Floats) -> Ints:
-    """Add a message per (layer, chunk, home, node) with bytes, between home and gateway; ids [L, C, R, N], else -1."""
+def _add_node_messages(b: _Builder, plan: StepPlan, work: Work, bytes_LCRN: Floats) -> tuple[Ints, Ints, Ints, Ints]:
+    """Add a message per (layer, chunk, home, node) with bytes, between home and gateway.
+
+    Returns layer, home and id of each, and the ids as [L, C, R, N], -1 where there is no message.
+    """
     assert plan.gateway_RN is not None
     layer, chunk, home, node = (i.astype(np.int64) for i in np.nonzero(bytes_LCRN))
     gateway = plan.gateway_RN[home, node].astype(np.int64)
     source, destination = (home, gateway) if work == Work.DISPATCH else (gateway, home)
+    ids = b.message(work, layer, source, destination, home, bytes_LCRN[layer, chunk, home, node])
     ids_LCRN = np.full(bytes_LCRN.shape, -1, dtype=np.int64)
-    ids_LCRN[layer, chunk, home, node] = b.message(
-        work, layer, source, destination, home, bytes_LCRN[layer, chunk, home, node]
-    )
-    return ids_LCRN
+    ids_LCRN[layer, chunk, home, node] = ids
+    return layer, home, ids, ids_LCRN
 
 
 def _add_combine(b: _Builder, plan: StepPlan, index: tuple[Ints, ...], done: Ints) -> tuple[Ints, Ints, Ints]:
@@ -265,7 +266,7 @@ def _add_combine(b: _Builder, plan: StepPlan, index: tuple[Ints, ...], done: Int
     b.edge(done[~far], direct)
     if plan.gateway_RN is None:
         return near[0], near[2], direct
-    reduced_LCRN = _add_node_messages(b, plan, Work.COMBINE, plan.node_combine_bytes_LCRN)
+    layer_n, home_n, arrived, reduced_LCRN = _add_node_messages(b, plan, Work.COMBINE, plan.node_combine_bytes_LCRN)
     layer, chunk, home, device = (i[far] for i in index)
     node = plan.node_of_device_R[device]
     gateway = plan.gateway_RN[home, node]
@@ -278,8 +279,6 @@ def _add_combine(b: _Builder, plan: StepPlan, index: tuple[Ints, ...], done: Int
     b.edge(done[far][inward], gathered)
     b.edge(gathered, last[inward])
     b.edge(done[far][~inward], last[~inward])
-    layer_n, _, home_n, _ = (i.astype(np.int64) for i in np.nonzero(plan.node_combine_bytes_LCRN))
-    arrived = reduced_LCRN[np.nonzero(plan.node_combine_bytes_LCRN)]
     return np.append(near[0], layer_n), np.append(near[2], home_n), np.append(direct, arrived)
 
 

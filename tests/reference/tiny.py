@@ -1,9 +1,12 @@
-"""Things so small that their numbers fit into a comment: `tiny_model`, `device_type`, `make_cluster`, `star`."""
+"""Things so small that their numbers fit into a comment: `tiny_model`, `make_cluster`, `star`, `make_placement`."""
 
 from typing import Any
 
+import numpy as np
+
 from epsim.cluster import Cluster, build_cluster
 from epsim.model import GroupedQueryAttention, ModelCard, Moe
+from epsim.placement import Placement
 
 
 def tiny_model(**changes: Any) -> ModelCard:
@@ -93,3 +96,13 @@ def star(num_devices: int, bandwidth: float, latency: float = 0.0, **type_change
     """Return equal devices on one switch."""
     links = [link(f"d{r}", "switch", bandwidth, latency) for r in range(num_devices)]
     return make_cluster([device_type(**type_changes)] * num_devices, links, switches=("switch",))
+
+
+def make_placement(p2l_LP: list[list[int]], node_R: list[int], num_experts: int) -> Placement:
+    """Return a placement with these slots on devices in these nodes."""
+    return Placement(
+        policy="test",
+        num_experts=num_experts,
+        physical_to_logical_LP=np.array(p2l_LP, np.int32),
+        node_of_device_R=np.array(node_R, np.int32),
+    )
