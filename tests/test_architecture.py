@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "traces": {"model", "scenario", "trace"},
     "run": PARTS | {"traces"},
     "compare": {"run", "scenario"},
+    "calibrate": {"atomic", "batch", "cluster", "metrics", "run", "scenario", "sim"},
     "warm_up": {"run", "scenario"},
     "__main__": {"cli"},
-    "cli": {"run", "compare", "scenario", "report", "trace", "traces"},
+    "cli": {"run", "compare", "scenario", "report", "trace", "traces", "calibrate"},
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
 HEAVY_AT_HOME = {
@@ -43,7 +44,7 @@ HEAVY_AT_HOME = {
     "networkx": {"cluster"},
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},
-    "pydantic": {"scenario"},
+    "pydantic": {"scenario", "calibrate"},
     "typer": {"cli"},
     "rich": {"cli", "report"},
 }

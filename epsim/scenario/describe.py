@@ -25,6 +25,12 @@ def describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
     return f"{join(keys) or 'scenario'}: {_rule(first, keys)}{more}"
 
 
+def describe_value(error: ValidationError) -> str:
+    """Return value, rule and mend of the first mistake in a single value."""
+    first, *_ = error.errors(include_url=False)
+    return _rule(first, ())
+
+
 def _rule(error: ErrorDetails, keys: Keys) -> str:
     """Return value, rule and mend."""
     given, context = show(error["input"]), error.get("ctx", {})
