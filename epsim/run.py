@@ -1,7 +1,7 @@
 """The composition root: a `ScenarioSpec` becomes domain objects (`assemble`), and these an `Outcome` (`simulate`)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim import __version__
-from epsim.batch import Deployment, simulate_batch
+from epsim.batch import Deployment, StepInput, run_steps, step_inputs
 from epsim.cluster import Cluster, build_cluster
 from epsim.cost import MemoryAccount, RooflineCost, account_memory
 from epsim.errors import TraceError
@@ -74,9 +74,14 @@ def assemble(spec: ScenarioSpec) -> Deployment:
         placement=placement,
         homes=homes,
         counter=TrafficCounter(placement, transmission.num_chunks),
-        planner=StepPlanner(model, cluster, RooflineCost(model, cluster), transmission),
+        planner=build_planner(spec, model, cluster),
         fidelity=spec.simulation.fidelity,
     )
+
+
+def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> StepPlanner:
+    """Return what turns the steps of a scenario into plans: the only part that knows how fast devices are."""
+    return StepPlanner(model, cluster, RooflineCost(model, cluster), build_transmission(spec, model))
 
 
 def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
@@ -230,6 +235,13 @@ def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
     }
 
 
+def _counted(inputs: Iterable[StepInput], transfers: TransferCounts) -> Iterator[StepInput]:
+    """Pass the steps on, and add what they route to `transfers`."""
+    for given in inputs:
+        transfers.add(given.phase, given.counts_M4)
+        yield given
+
+
 def _run_batch_size(
     deployment: Deployment, spec: ScenarioSpec, batch_size: int, outcome: Outcome, num_executions: int, advance: Advance
 ) -> dict[str, Any]:
@@ -238,13 +250,15 @@ def _run_batch_size(
     transfers, now_s = TransferCounts(), 0.0
     request_ids = deployment.trace.requests.request_id_Q
     for batch in range(spec.workload.num_batches):
-        records = simulate_batch(
-            deployment,
+        ids = request_ids[batch * batch_size : (batch + 1) * batch_size]
+        records = run_steps(
+            _counted(step_inputs(deployment, ids, spec.workload.max_output_tokens), transfers),
+            planner=deployment.planner,
+            cluster=deployment.cluster,
+            fidelity=deployment.fidelity,
+            request_ids=ids,
             batch=batch,
-            request_ids=request_ids[batch * batch_size : (batch + 1) * batch_size],
             start_s=now_s,
-            max_output_tokens=spec.workload.max_output_tokens,
-            transfers=transfers,
             num_executions=num_executions if batch == 0 else 0,
             advance=advance,
         )
