@@ -60,6 +60,15 @@ class ClusterField:
         written: str | float = self._adapter.dump_python(value, mode="json")
         return written
 
+    def keys(self, cluster: Mapping[str, Any]) -> tuple[str | int, ...]:
+        """Return the keys and indices that the path means in a dump of a ClusterSpec, whichever way it is written."""
+        keys: list[str | int] = []
+        holder: Any = cluster
+        for step in self.steps:
+            keys.append(step if holder is None else _key(holder, step, self.path))
+            holder = None if holder is None else holder[keys[-1]]
+        return tuple(keys)
+
     def read(self, cluster: Mapping[str, Any]) -> float | None:
         """Return the field's SI value in a dump of a ClusterSpec; None where its section is left out."""
         holder: Any = cluster
@@ -98,7 +107,7 @@ def _child(annotation: Any, step: str, path: str) -> Any:
         if step not in names:
             raise ScenarioError(f'"{path}": {step} is not a known field{closest(step, sorted(names))}')
         info = names[step]
-        return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation  # type: ignore[return-value]
+        return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
     if get_origin(annotation) in (dict, list):
         return get_args(annotation)[-1]
     raise ScenarioError(f'"{path}": there is no field {step}; write the path of a single number')
