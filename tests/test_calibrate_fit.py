@@ -106,9 +106,9 @@ def test_fields_that_are_not_named_keep_the_scenarios_values() -> None:
 def test_what_cannot_be_predicted_is_said() -> None:
     with pytest.raises(ScenarioError, match=r'with transmission.mode=never: transmission.mode: "never" is not known'):
         Predictor(raw_scenario(), [row(1, transmission__mode="never")])
+    tight = raw_scenario()
+    apply_override(tight, f"{ORIN}.memory", "1 GB")
     with pytest.raises(CapacityError, match=r"with homes.policy=balanced: .*does not fit"):
-        tight = raw_scenario()
-        apply_override(tight, f"{ORIN}.memory", "1 GB")
         Predictor(tight, [row(1, homes__policy="balanced")])
     with pytest.raises(MeasuredError, match="batch 1: a TPOT was measured, but the scenario makes one token"):
         Predictor(raw_scenario(workload={"max_output_tokens": 1}), [row(1)])

@@ -22,7 +22,6 @@ from epsim.run import assemble, build_planner, check_memory
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
 from epsim.scenario.fields import ClusterField
 
-
 Batch = tuple[npt.NDArray[np.integer], list[StepInput]]  # request ids, steps
 
 

@@ -34,6 +34,9 @@ class ClusterField:
             )
         _ = self._adapter
 
+    def __getstate__(self) -> dict[str, str]:
+        return {"path": self.path}  # what pydantic makes of the path cannot be pickled, and is made again
+
     @property
     def steps(self) -> list[str]:
         """The names of the path below `cluster`."""
