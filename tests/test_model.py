@@ -13,7 +13,7 @@ from epsim.errors import ScenarioError
 from epsim.model import GroupedQueryAttention, LatentAttention, ModelCard, Moe
 from epsim.scenario.model import ModelSpec
 
-PRESETS = ("olmoe", "deepseekmoe", "moonlight", "qwen3-moe", "mixtral", "dense-7b", "dense-34b")
+PRESETS = ("olmoe", "deepseekmoe", "moonlight", "qwen3-moe", "mixtral", "llava-1.5-7b", "llava-next-34b")
 
 
 def load_values(preset: str) -> dict[str, Any]:
@@ -40,8 +40,8 @@ PUBLISHED_PARAMS = {
     "moonlight": (15_960_111_936, None),
     "qwen3-moe": (30_532_122_624, 3_353_032_704),
     "mixtral": (46_702_792_704, 12.9e9),
-    "dense-7b": (6_738_415_616, 6_738_415_616),
-    "dense-34b": (34_388_917_248, 34_388_917_248),
+    "llava-1.5-7b": (6_738_415_616, 6_738_415_616),
+    "llava-next-34b": (34_388_917_248, 34_388_917_248),
 }
 
 
@@ -72,7 +72,7 @@ def test_moonlight_matches_its_model_card_without_embeddings(cards: dict[str, Mo
     ("preset", "kv_bytes"),
     [
         ("olmoe", 8192),  # MHA: key and value * 16 heads * 128 * 2 bytes
-        ("dense-7b", 16_384),  # MHA: 2 * 32 * 128 * 2
+        ("llava-1.5-7b", 16_384),  # MHA: 2 * 32 * 128 * 2
         ("qwen3-moe", 2048),  # GQA: 2 * 4 * 128 * 2
         ("mixtral", 4096),  # GQA: 2 * 8 * 128 * 2
         ("moonlight", 1152),  # MLA: (512 latent + 64 rotary) * 2
@@ -88,7 +88,7 @@ def test_kv_bytes_per_token_and_layer(cards: dict[str, ModelCard], preset: str, 
         ("olmoe", tuple(range(16))),
         ("deepseekmoe", tuple(range(1, 28))),  # first_k_dense_replace 1
         ("moonlight", tuple(range(1, 27))),
-        ("dense-7b", ()),
+        ("llava-1.5-7b", ()),
     ],
 )
 def test_moe_layer_ids_are_the_real_ones(cards: dict[str, ModelCard], preset: str, layer_ids: tuple[int, ...]) -> None:
@@ -135,7 +135,7 @@ def test_query_rank_splits_the_projection() -> None:
 
 
 def test_dense_model_has_no_experts(cards: dict[str, ModelCard]) -> None:
-    card = cards["dense-34b"]
+    card = cards["llava-next-34b"]
     assert (card.num_experts, card.topk, card.expert_bytes, card.router_bytes) == (0, 0, 0, 0)
     assert card.dense_ffn_flops_per_token == 2 * 3 * 7168 * 20_480
     assert card.num_params == card.num_active_params
