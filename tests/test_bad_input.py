@@ -21,7 +21,7 @@ trace: {kind: uniform, vision_tokens: 2, text_tokens: 2, output_tokens: 2}
 workload: {batch_sizes: [1]}
 """
 KNOWN = "cluster, description, homes, model, name, placement, simulation, trace, transmission, workload"
-MODELS = "deepseekmoe, llava-1.5-7b, llava-next-34b, mixtral, moonlight, olmoe, qwen3-moe"
+MODELS = "deepseekmoe, llama-3.2-3b, llava-1.5-7b, llava-next-34b, mixtral, moonlight, olmo-1b, olmoe, qwen3-moe"
 CLUSTERS = "a800-2x8, h100-2x8, h200-1x8, orin-2x-10gbe"
 Complaint = Callable[..., str]
 
