@@ -280,8 +280,8 @@ def test_planner_by_hand() -> None:
     traffic = TrafficCounter(placement).count(ids_TLK, np.zeros(3, np.int32))
     counts = np.array([3, 0, 0])
     work = HomeWork(
-        decode=False, tokens_R=counts, requests_R=counts, kv_tokens_R=0 * counts, attention_pairs_R=2 * counts, images_R=0 * counts,
-        outputs_R=counts,
+        decode=False, tokens_R=counts, requests_R=counts, kv_tokens_R=0 * counts, attention_pairs_R=2 * counts,
+        images_R=0 * counts, outputs_R=counts,
     )  # fmt: skip
     form = MessageFormat(dispatch_vector_bytes=10.0, combine_vector_bytes=4.0, pair_bytes=1.0)
     kv_tokens_RR = np.array([[5, 2, 0], [0, 0, 0], [0, 0, 0]])
@@ -331,8 +331,8 @@ def test_async_decode_can_lose_by_reading_weights_twice() -> None:
     )
     counts = np.array([2, 2])
     work = HomeWork(
-        decode=True, tokens_R=counts, requests_R=counts, kv_tokens_R=9 * counts, attention_pairs_R=9 * counts, images_R=0 * counts,
-        outputs_R=counts,
+        decode=True, tokens_R=counts, requests_R=counts, kv_tokens_R=9 * counts, attention_pairs_R=9 * counts,
+        images_R=0 * counts, outputs_R=counts,
     )  # fmt: skip
     form = MessageFormat(dispatch_vector_bytes=4.0, combine_vector_bytes=4.0, pair_bytes=0.0)
     end_s = {}
