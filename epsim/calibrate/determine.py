@@ -1,8 +1,8 @@
 """Whether data determine a fitted parameter: `linearised` intervals at once, or `profile`d ones by many refits.
 
 Both are 95 % intervals from the least-squares cost C (half the robust sum of squares of the data's residuals) at its
-minimum over n measured cells with p parameters that matter: the residual variance is s^2 = 2 C / (n - p), and a value is
-inside where the cost, minimised over all other parameters, is at most C + s^2 F / 2, with F the 0.95 quantile of
+minimum over n measured cells with p parameters that matter: the residual variance is s^2 = 2 C / (n - p), and a value
+is inside where the cost, minimised over all other parameters, is at most C + s^2 F / 2, with F the 0.95 quantile of
 F(1, n - p). n counts measured cells, not the differences of pairs, which say again what the cells have said: adding
 w^2 (r_i - r_j)^2 to r_i^2 + r_j^2 is generalised least squares for errors that correlate by w^2 / (1 + w^2), 0.9 for 3.
 s is taken to be at least 0.1 %: no latency is measured better. The ridge towards the specification does not count.
@@ -27,6 +27,8 @@ WIDEST = 0.5  # of a parameter's range: a wider interval says next to nothing
 _NO_INFLUENCE = 1e-10  # of J^T J: of a direction that no residual depends on
 _SMALLEST_STEP, _LARGEST_STEP = 0.01, 0.25
 _REFIT_STEPS = 8
+_MOST_REFITS = 16  # of a walk
+_CLOSE = 0.01  # of a parameter's range: so well is the end of an interval found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,9 @@ def _half_widths(fit: Fit, noise: _Noise) -> Floats:
     return np.asarray(np.sqrt(2 * noise.allowed_rise * (vectors_NN**2 @ inverse_N)))
 
 
-def _interval(parameter: Parameter, low_at: float, high_at: float, method: Literal["linearised", "profile"]) -> Interval:
+def _interval(
+    parameter: Parameter, low_at: float, high_at: float, method: Literal["linearised", "profile"]
+) -> Interval:
     ends = [name for name, reached in (("low", low_at <= 0), ("high", high_at >= 1)) if reached]
     low_at, high_at = max(low_at, 0.0), min(high_at, 1.0)
     why = ""
@@ -193,31 +197,31 @@ def _walk(predictor: Predicts, walk: _Walk) -> _End:
     inside, step, start_N = (walk.start_at, walk.least_cost), walk.first_step, walk.task.start_N
     best = _End(at=np.nan, cost=np.inf, values={})
     outside: tuple[float, float] | None = None
-    while True:
-        if outside is None:
-            at = min(max(inside[0] + walk.direction * step, 0.0), 1.0)
-        else:
-            at = _crossing(inside, outside, walk)
+    at = _next(inside, step, walk)
+    for _ in range(_MOST_REFITS):
         task = replace(walk.task, start_N=start_N, fixed={walk.walked.field: walk.walked.from_unit(at)})
-        solution = search(predictor, task)
-        problem = task.problem(predictor)
+        solution, problem = search(predictor, task), task.problem(predictor)
         cost = problem.data_cost(solution.at_N)
         if cost < best.cost:
             best = _End(at=np.nan, cost=cost, values=problem.values(solution.at_N))
-        refined = outside is not None
         if cost > walk.limit:
             outside = at, cost
         else:
             inside, step, start_N = (at, cost), 1.5 * step, solution.at_N
-            if at in (0.0, 1.0):
-                return replace(best, at=at)
-        if refined:
-            assert outside is not None
-            return replace(best, at=_crossing(inside, outside, walk))
+        if outside is None and at in (0.0, 1.0):
+            return replace(best, at=at)
+        before, at = at, _next(inside, step, walk) if outside is None else _crossing(inside, outside, walk)
+        if outside is not None and abs(at - before) < _CLOSE:
+            break
+    return replace(best, at=at)
+
+
+def _next(inside: tuple[float, float], step: float, walk: _Walk) -> float:
+    return min(max(inside[0] + walk.direction * step, 0.0), 1.0)
 
 
 def _crossing(inside: tuple[float, float], outside: tuple[float, float], walk: _Walk) -> float:
     """Where the cost meets the limit, if it rises with the square of the distance from the minimum."""
     roots = [np.sqrt(max(cost - walk.least_cost, 0.0)) for cost in (inside[1], walk.limit, outside[1])]
     share = (roots[1] - roots[0]) / (roots[2] - roots[0])
-    return float(inside[0] + np.clip(share, 0.02, 0.98) * (outside[0] - inside[0]))
+    return float(inside[0] + np.clip(share, 0.1, 0.9) * (outside[0] - inside[0]))
