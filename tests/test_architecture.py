@@ -33,9 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": PARTS | {"traces"},
     "compare": {"run", "scenario"},
     "calibrate": {"atomic", "batch", "cluster", "metrics", "run", "scenario", "sim"},
+    "validate": {"atomic", "batch", "calibrate", "metrics", "run", "scenario", "trace"},
     "warm_up": {"run", "scenario"},
     "__main__": {"cli"},
-    "cli": {"run", "compare", "scenario", "report", "trace", "traces", "calibrate"},
+    "cli": {"run", "compare", "scenario", "report", "trace", "traces", "calibrate", "validate"},
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
 HEAVY_AT_HOME = {
@@ -47,6 +48,7 @@ HEAVY_AT_HOME = {
     "pydantic": {"scenario", "calibrate"},
     "typer": {"cli"},
     "rich": {"cli", "report"},
+    "matplotlib": {"validate"},
 }
 MAX_LINES = 300
 LONGER_FOR_NOW = {"epsim/sim/analytic.py": 320, "epsim/sim/event.py": 310}
