@@ -27,6 +27,9 @@ class Level:
     def specified(self, field: str) -> float | None:
         return 0.5
 
+    def rounded(self, field: str, value: float) -> float:
+        return value
+
     def predict(self, values: Mapping[str, float]) -> Floats:
         seconds = np.exp(values["a"] + values["b"] * np.array([0.0, 0.0, 1.0, 1.0]))
         return np.stack((seconds, seconds), axis=1)
@@ -145,7 +148,7 @@ class Few(Level):
 
 
 def test_an_interval_wider_than_half_of_the_range_is_undetermined() -> None:
-    # As by hand above with 13 times the noise: b +- 4.30 * 13 * 0.0212 = 1.19, less what the loss takes off, around 1.03.
+    # As by hand above with 13 times the noise: b +- 4.30 * 13 * 0.0212 = 1.19, less what the loss takes.
     found = fitted(1 + 0.9 * np.array([0, 0, 1, 1]) + 13 * NOISE, "a", "b")
     _, b = linearised(found)
     assert half_width(b) > 1.0

@@ -47,6 +47,9 @@ class Formula:
     def specified(self, field: str) -> float | None:
         return {"a": 1.0, "b": 1.0, "c": 0.5}.get(field)
 
+    def rounded(self, field: str, value: float) -> float:
+        return value
+
     def predict(self, values: Mapping[str, float]) -> Floats:
         a, b, c = (values.get(name, 1.0) for name in "abc")
         b_of_row = [b / 2 if row.get("mode") == "fast" else b for row in self.rows]

@@ -22,11 +22,11 @@ class Effort:
     """How hard to look for the minimum: points that are screened, fits from the best of them for a few steps, and how
     many of these go on to the end."""
 
-    num_screened: int = 48
+    num_screened: int = 63
     num_short: int = 4
-    short_steps: int = 12
+    short_steps: int = 10
     num_long: int = 2
-    long_steps: int = 100
+    long_steps: int = 30
 
 
 DEFAULT_EFFORT = Effort()
@@ -37,7 +37,8 @@ DEFAULT_WEIGHTS = Weights()
 class Fit:
     """A fitted set of values.
 
-    values: by field, SI. predicted: seconds of all rows, [rows, 2]. cost: half the sum of the loss, with the ridge.
+    values: by field, SI, rounded for people. predicted: seconds of all rows, [rows, 2]. cost: half the sum of the loss,
+    with the ridge.
     at_N: the values' places between their bounds. jacobian: of the residuals (the data's, then the ridge's) at at_N.
     message: why the search ended. evaluations: how often all rows were simulated.
     """
@@ -127,16 +128,24 @@ def fit(
     long = [replace(task, start_N=s.at_N, max_steps=effort.long_steps) for s in solutions[: effort.num_long]]
     solutions = [*sorted(workers.map(search, long), key=lambda solution: solution.cost), *solutions]
     best = solutions[0]
+    values = _rounded(problem, best.at_N)
+    at_N = np.array([parameter.to_unit(values[parameter.field]) for parameter in parameters])
     return Fit(
-        values=problem.values(best.at_N),
-        predicted=predictor.predict(problem.values(best.at_N)),
+        values=values,
+        predicted=predictor.predict(values),
         cost=best.cost,
-        at_N=best.at_N,
-        jacobian=problem.jacobian(best.at_N),
+        at_N=at_N,
+        jacobian=problem.jacobian(at_N),
         message=best.message,
-        evaluations=evaluations + sum(s.evaluations for s in solutions) + 2 + len(best.at_N),
+        evaluations=evaluations + sum(s.evaluations for s in solutions) + 2 + len(at_N),
         problem=problem,
     )
+
+
+def _rounded(problem: Problem, at_N: Floats) -> dict[str, float]:
+    """Return values that a file can hold in a few digits, so that it says exactly what was fitted."""
+    rounded = {field: problem.predictor.rounded(field, value) for field, value in problem.values(at_N).items()}
+    return {p.field: min(max(rounded[p.field], p.low), p.high) for p in problem.free}
 
 
 def _screening_points(problem: Problem, num_points: int, seed: int) -> list[Floats]:
@@ -174,8 +183,8 @@ def search(predictor: Predicts, task: SearchTask) -> Solution:
         loss="soft_l1",
         f_scale=LOSS_SCALE,
         max_nfev=task.max_steps,
-        ftol=1e-8,
-        xtol=1e-8,
+        ftol=1e-5,
+        xtol=1e-6,
         gtol=1e-10,
     )
     evaluations = found.nfev + found.njev * (1 + len(task.free))

@@ -95,6 +95,14 @@ class Predictor:
                     predicted[row, 1] = np.mean(tpot_s)
         return predicted
 
+    def rounded(self, field: str, value: float) -> float:
+        """Return a value with no more digits than a file should show."""
+        return self._field(field).rounded(value)
+
+    def changed(self, values: Mapping[str, float]) -> dict[str, Any]:
+        """Return the dump of the (first row's) cluster with other values, in SI units."""
+        return self._changed(self._groups[0].cluster, values)
+
     def check(self, fields: Sequence[str]) -> None:
         """Raise an InputError where a field cannot be fitted: a row sets it, or the cluster lacks what it is in."""
         for group in self._groups:

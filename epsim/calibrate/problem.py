@@ -27,6 +27,9 @@ class Predicts(Protocol):
     def specified(self, field: str) -> float | None:
         """Return the value that the scenario gives a field; None where it leaves it out."""
 
+    def rounded(self, field: str, value: float) -> float:
+        """Return a value with as few digits as people should see."""
+
     def predict(self, values: Mapping[str, float]) -> Floats:
         """Return mean TTFT and TPOT in s, float64 [rows, 2]."""
 

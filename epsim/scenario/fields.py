@@ -72,6 +72,14 @@ class ClusterField:
             holder = None if holder is None else holder[keys[-1]]
         return tuple(keys)
 
+    def rounded(self, value: float, digits: int = 6) -> float:
+        """Return a value whose text has so many digits at most."""
+        written = self.format(value)
+        if isinstance(written, str):
+            number, unit = written.split()
+            return self.parse(f"{float(number):.{digits}g} {unit}")
+        return float(f"{value:.{digits}g}")
+
     def read(self, cluster: Mapping[str, Any]) -> float | None:
         """Return the field's SI value in a dump of a ClusterSpec; None where its section is left out."""
         holder: Any = cluster

@@ -1,0 +1,224 @@
+"""`calibrate`: a fit, how far its parameters are determined, and its errors on unseen rows, as one report.
+
+A report is a mapping of plain values, in SI units and with their text beside.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from epsim import __version__
+from epsim.calibrate.determine import Interval, linearised, profile
+from epsim.calibrate.fit import DEFAULT_EFFORT, DEFAULT_WEIGHTS, Effort, Fit, fit
+from epsim.calibrate.holdout import Scheme, errors, in_sample, naive
+from epsim.calibrate.measured import METRICS, Compare, Floats, measured_matrix
+from epsim.calibrate.parameters import Parameter
+from epsim.calibrate.predict import Predictor
+from epsim.calibrate.problem import Weights
+from epsim.calibrate.profile import fitted_type, profile_text, set_lines
+from epsim.calibrate.workers import Workers
+from epsim.scenario.fields import ClusterField
+
+_MOST_PROFILES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of a calibration.
+
+    hold_outs: schemes by name; those of one name (folds) each predict their own rows, and count together.
+    profiled: intervals by refitting, which takes minutes, in place of linearised ones.
+    """
+
+    parameters: tuple[Parameter, ...]
+    compare: Compare | None = None
+    hold_outs: Mapping[str, Sequence[Scheme]]
+    weights: Weights = DEFAULT_WEIGHTS
+    effort: Effort = DEFAULT_EFFORT
+    seed: int = 0
+    profiled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """fit, intervals: of all rows. predicted: by scheme ("specified", "in sample", hold-outs), [rows, 2], NaN where a
+    scheme predicts nothing; naive: the same of the naive rule."""
+
+    question: Question
+    fit: Fit
+    intervals: tuple[Interval, ...]
+    predicted: dict[str, Floats]
+    naive: dict[str, Floats]
+
+
+def calibrate(predictor: Predictor, question: Question, workers: Workers) -> Calibration:
+    """Fit all rows and, anew, the training rows of each hold-out. InputError where a field cannot be fitted."""
+    predictor.check([parameter.field for parameter in question.parameters])
+    every = in_sample(predictor.rows)
+    best = _fit(predictor, question, every, workers)
+    intervals = linearised(best)
+    if question.profiled:
+        best, intervals = _profiled(predictor, question, best, workers)
+    predicted = {"specified": predictor.predict({}), every.name: best.predicted}
+    rule = {every.name: naive(predictor.rows, every.train, every.test)}
+    for name, schemes in question.hold_outs.items():
+        predicted[name], rule[name] = (np.full((len(predictor.rows), 2), np.nan) for _ in range(2))
+        for scheme in schemes:
+            held_out = _fit(predictor, question, scheme, workers)
+            predicted[name][scheme.test] = held_out.predicted[scheme.test]
+            rule[name][scheme.test] = naive(predictor.rows, scheme.train, scheme.test)[scheme.test]
+    return Calibration(question=question, fit=best, intervals=intervals, predicted=predicted, naive=rule)
+
+
+def _fit(
+    predictor: Predictor, question: Question, scheme: Scheme, workers: Workers, *starts: Mapping[str, float]
+) -> Fit:
+    return fit(
+        predictor,
+        question.parameters,
+        scheme.train,
+        question.compare,
+        weights=question.weights,
+        effort=question.effort,
+        seed=question.seed,
+        starts=starts,
+        workers=workers,
+    )
+
+
+def _profiled(
+    predictor: Predictor, question: Question, best: Fit, workers: Workers
+) -> tuple[Fit, tuple[Interval, ...]]:
+    """Return the profiled intervals, and the better fit if the walks came upon one."""
+    for _ in range(_MOST_PROFILES):
+        found = profile(best, workers)
+        if found.better is None:
+            break
+        better = _fit(predictor, question, in_sample(predictor.rows), workers, found.better)
+        if better.cost >= best.cost:
+            break
+        best = better
+    return best, found.intervals
+
+
+def report(calibration: Calibration, data_name: str) -> dict[str, Any]:
+    """Return the whole calibration as plain values for JSON."""
+    question, best = calibration.question, calibration.fit
+    rows = best.problem.predictor.rows
+    return {
+        "epsim_version": __version__,
+        "data": data_name,
+        "num_rows": len(rows),
+        "num_cells": best.problem.num_cells,
+        "compare": None if question.compare is None else asdict(question.compare),
+        "fit": {"cost": best.cost, "message": best.message, "evaluations": best.evaluations},
+        "parameters": [
+            _parameter(parameter, best, interval)
+            for parameter, interval in zip(question.parameters, calibration.intervals, strict=True)
+        ],
+        "set": set_lines(best.values),
+        "schemes": [_scheme(calibration, name) for name in calibration.predicted],
+        "cells": cells(calibration),
+    }
+
+
+def _parameter(parameter: Parameter, best: Fit, interval: Interval) -> dict[str, Any]:
+    numbers = {
+        "value": best.values[parameter.field],
+        "specified": best.problem.predictor.specified(parameter.field),
+        "low": parameter.low,
+        "high": parameter.high,
+        "interval_low": interval.low,
+        "interval_high": interval.high,
+    }
+    return {
+        "field": parameter.field,
+        **numbers,
+        "text": {name: text(parameter.field, number) for name, number in numbers.items()},
+        "interval": interval.method,
+        "determined": interval.determined,
+        "undetermined_because": interval.why or None,
+        "reason": parameter.reason,
+    }
+
+
+def text(field: str, value: float | None) -> str | None:
+    """Return a value with its unit, to four digits."""
+    if value is None:
+        return None
+    written = str(ClusterField(path=field).format(ClusterField(path=field).rounded(value, 4)))
+    number, _, unit = written.partition(" ")
+    return f"{float(number):.4g} {unit}".strip()
+
+
+def _scheme(calibration: Calibration, name: str) -> dict[str, Any]:
+    rows, compare = calibration.fit.problem.predictor.rows, calibration.question.compare
+    predicted = calibration.predicted[name]
+    test = np.asarray(np.isfinite(predicted).any(axis=1))
+    rule = calibration.naive.get(name)
+    beside = None if rule is None else asdict(errors(rows, rule, test, compare))
+    return {
+        "name": name,
+        "num_test": int(test.sum()),
+        "errors": asdict(errors(rows, predicted, test, compare)),
+        "naive": beside,
+    }
+
+
+def cells(calibration: Calibration) -> list[dict[str, Any]]:
+    """Return a row per measured cell: what was measured, and what each scheme predicts of it."""
+    rows = calibration.fit.problem.predictor.rows
+    measured = measured_matrix(rows)
+    columns = list(dict.fromkeys(path for row in rows for path, _ in row.settings))
+    return [
+        {
+            **{column: rows[i].get(column) for column in columns},
+            "batch_size": rows[i].batch_size,
+            "metric": METRICS[m],
+            "measured_s": float(measured[i, m]),
+            **{
+                key: None if np.isnan(predicted[i, m]) else float(number)
+                for name, predicted in calibration.predicted.items()
+                for key, number in (
+                    (f"{name}: predicted_s", predicted[i, m]),
+                    (f"{name}: error_frac", predicted[i, m] / measured[i, m] - 1),
+                )
+            },
+        }
+        for i in range(len(rows))
+        for m in range(len(METRICS))
+        if np.isfinite(measured[i, m])
+    ]
+
+
+def device_profile(calibration: Calibration, data_name: str, command: str) -> str:
+    """Return the YAML of the fitted device type, with a comment on where it comes from; same fit, same bytes."""
+    predictor = calibration.fit.problem.predictor
+    assert isinstance(predictor, Predictor)
+    device_type = fitted_type(calibration.question.parameters)
+    cluster = predictor.changed(calibration.fit.values)
+    return profile_text(cluster, device_type, _header(calibration, data_name, command))
+
+
+def _header(calibration: Calibration, data_name: str, command: str) -> list[str]:
+    described = report(calibration, data_name)
+    lines = [
+        f"A device profile fitted to measurements by epsim {__version__}; name it in a cluster's device_types.",
+        f"command: {command}",
+        f"data: {data_name}, {described['num_cells']} measured cells",
+    ]
+    lines += [f"mean errors, {scheme['name']}: {_in_words(scheme['errors'])}" for scheme in described["schemes"]]
+    for entry in described["parameters"]:
+        words = entry["text"]
+        verdict = f"95 % {words['interval_low']} to {words['interval_high']}"
+        if not entry["determined"]:
+            verdict = f"undetermined ({entry['undetermined_because']})"
+        lines.append(f"{entry['field']}: {words['value']} of {words['low']} to {words['high']}; {verdict}")
+    return lines
+
+
+def _in_words(found: Mapping[str, Any]) -> str:
+    named = {"TTFT": found["mean_abs_ttft"], "TPOT": found["mean_abs_tpot"]}
+    return ", ".join(f"{name} {value:.1%}" for name, value in named.items() if value is not None)

@@ -1,0 +1,55 @@
+"""Device profiles: the YAML of one fitted device type, which a cluster names in place of its fields."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from epsim.atomic import whole_file
+from epsim.calibrate.parameters import Parameter, ParameterError
+from epsim.scenario.fields import ClusterField
+
+_TYPES = "cluster.device_types."
+
+
+def fitted_type(parameters: Sequence[Parameter]) -> str:
+    """Return the one device type that the parameters belong to; ParameterError where there is none, or several."""
+    names = list(dict.fromkeys(p.field.removeprefix(_TYPES).split(".")[0] for p in parameters if _of_a_type(p.field)))
+    if len(names) != 1:
+        found = "several device types are fitted: " + ", ".join(names) if names else "no device type is fitted"
+        raise ParameterError(f"--output: {found}; a profile is of one, so fit one, or use the printed --set lines")
+    return names[0]
+
+
+def _of_a_type(field: str) -> bool:
+    return field.startswith(_TYPES)
+
+
+def profile_text(cluster: Mapping[str, Any], device_type: str, header: Sequence[str]) -> str:
+    """Return the YAML of a device type of a cluster, every field written out, under the lines of a comment.
+
+    cluster: a dump of a ClusterSpec in SI units, with the fitted values written to it.
+    """
+    content = _written(cluster["device_types"][device_type], _TYPES + device_type)
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in header)
+    return comment + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _written(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _written(part, f"{path}.{name}") for name, part in value.items()}
+    return value if value is None else ClusterField(path=path).format(value)
+
+
+def write_profile(path: Path, text: str) -> None:
+    """Write a profile whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def set_lines(values: Mapping[str, float]) -> list[str]:
+    """Return fitted values outside device types, which a profile cannot hold, as arguments of --set."""
+    return [
+        f"{field}={ClusterField(path=field).format(value)}" for field, value in values.items() if not _of_a_type(field)
+    ]
