@@ -80,15 +80,23 @@ def _cells(title: str, cells: Sequence[Mapping[str, Any]]) -> Table:
 
 def _parameters(parameters: Sequence[Mapping[str, Any]]) -> Table:
     table = _table(
-        "\nTable S11: fitted values, all rows", "parameter", "specification", "fitted", "95 % interval", "bounds"
+        "\nTable S11: fitted values, all rows",
+        "parameter",
+        "specification",
+        "fitted",
+        "95 % interval",
+        "undetermined",
+        "bounds",
     )
     for entry in parameters:
+        words = entry["text"]
         table.add_row(
             entry["name"],
-            entry["specification_text"],
-            entry["value_text"],
-            entry["interval_text"],
-            f"{entry['low_text']} .. {entry['high_text']}",
+            words["specified"] or "none",
+            words["value"],
+            f"{words['interval_low']} .. {words['interval_high']}",
+            entry["undetermined_because"] or "",
+            f"{words['low']} .. {words['high']}",
         )
     return table
 

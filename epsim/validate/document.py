@@ -50,6 +50,7 @@ def document(report: Mapping[str, Any]) -> str:
         s10_section(report["s10"]),
         FITTED,
         errors_table(s11["studies"]),
+        naive_sentence(s11["studies"]),
         "![Predicted against published TTFT and TPOT](images/validation-s11.png)",
         "### Every cell, all rows fitted",
         cells_table(s11["cells"]),
@@ -133,6 +134,25 @@ def errors_table(studies: Sequence[Mapping[str, Any]]) -> str:
     return _table(columns, rows)
 
 
+def naive_sentence(studies: Sequence[Mapping[str, Any]]) -> str:
+    """Return where the naive rule is at least as good as the simulator."""
+    names = {
+        "ttft_percent": "TTFT",
+        "tpot_percent": "TPOT",
+        "speedup_ttft_points": "the speed-up of TTFT",
+        "speedup_tpot_points": "the speed-up of TPOT",
+    }
+    better = [
+        f"{text} {study['title']} ({study['naive'][name]:.2f} against {study['errors'][name]:.2f})"
+        for study in studies
+        for name, text in names.items()
+        if study["naive"][name] <= study["errors"][name]
+    ]
+    number = len(studies) * len(names)
+    said = f"In {len(better)} of these {number} figures the naive rule is at least as good as the simulator"
+    return f"{said}: {'; '.join(better)}." if better else f"{said}."
+
+
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> str:
     """Return published and predicted seconds and the error of each cell; the outlier is marked."""
     rows = []
@@ -157,10 +177,10 @@ def parameters_section(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
         (
             f"`{entry['name']}`",
-            entry["specification_text"],
-            entry["value_text"],
-            entry["interval_text"],
-            f"{entry['low_text']} .. {entry['high_text']}",
+            entry["text"]["specified"] or "none",
+            entry["text"]["value"],
+            interval_text(entry),
+            f"{entry['text']['low']} .. {entry['text']['high']}",
             entry["reason"],
         )
         for entry in parameters
@@ -173,6 +193,12 @@ def parameters_section(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     columns = ("parameter", "specification", "fitted", "95 % interval", "bounds", "why these bounds")
     return ["### Fitted values", said, _table(columns, rows)]
+
+
+def interval_text(entry: Mapping[str, Any]) -> str:
+    """Return a parameter's interval, and why it does not determine the parameter where it does not."""
+    text = f"{entry['text']['interval_low']} .. {entry['text']['interval_high']}"
+    return text if entry["determined"] else f"undetermined: {text}, {entry['undetermined_because']}"
 
 
 def images_section(images: Sequence[Mapping[str, Any]]) -> list[str]:

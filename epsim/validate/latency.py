@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from epsim.calibrate.fit import Effort, Fit, fit
+from epsim.calibrate.fit import Fit, fit
 from epsim.calibrate.holdout import Errors, Mask, Scheme, errors, hold_out, in_sample, naive
 from epsim.calibrate.measured import Compare, Floats, MeasuredRow, measured_matrix, read_measured
 from epsim.calibrate.parameters import Parameter, load_parameters
@@ -23,6 +23,7 @@ from epsim.scenario import load_raw
 from epsim.validate.published import data_path
 
 COMPARE = Compare(column="trace.method", value="baseline")
+DATA_NAME = "s11.csv"
 SCENARIO = Path("s11") / "orin-2x-olmoe.yaml"
 IMAGES = (1, 2, 3)
 ASSUMED_IMAGES = 2
@@ -33,8 +34,6 @@ STUDIES = (
     ("smoes", "SMoES from the baseline", "trace.method=attention-soft"),
     ("sqa_img", "SQA-IMG from MMMU", "trace.benchmark=SQA-IMG"),
 )
-# Enough for the cost to stand still to a percent; more steps only move what the data do not determine.
-EFFORT = Effort(num_screened=32, num_short=3, short_steps=10, num_long=2, long_steps=60)
 Advance = Callable[[str], None]
 
 
@@ -59,7 +58,7 @@ def load_case(scenarios: Path) -> Case:
     """Return table S11 as a case; scenarios: the folder with `s11/orin-2x-olmoe.yaml`."""
     return Case(
         raw=load_raw(scenarios / SCENARIO),
-        rows=read_measured(data_path("s11.csv")),
+        rows=read_measured(data_path(DATA_NAME)),
         parameters=load_parameters(data_path("orin.parameters.yaml")),
     )
 
@@ -69,7 +68,7 @@ def fit_rows(case: Case, train: Mask) -> Fit:
     rows = tuple(row for row, known in zip(case.rows, train, strict=True) if known)
     with Workers(Predictor(case.raw, rows), os.cpu_count() or 1) as workers:
         every = np.ones(len(rows), dtype=bool)
-        found = fit(workers.predictor, case.parameters, every, COMPARE, effort=EFFORT, workers=workers)
+        found = fit(workers.predictor, case.parameters, every, COMPARE, workers=workers)
     if len(rows) == len(case.rows):
         return found
     return dataclasses.replace(found, predicted=Predictor(case.raw, case.rows).predict(found.values))

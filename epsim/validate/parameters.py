@@ -1,37 +1,29 @@
-"""Fitted values for people: beside the specification's, with interval, bounds and reason (`parameter_report`)."""
+"""Fitted values for people and as a device profile: `parameter_report`, `fitted_profile`."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from epsim.calibrate.calibration import Calibration, Question, device_profile, report
+from epsim.calibrate.determine import linearised
 from epsim.calibrate.fit import Fit
-from epsim.calibrate.parameters import Parameter
-from epsim.scenario.fields import ClusterField
+from epsim.calibrate.holdout import naive
+from epsim.validate.latency import COMPARE, DATA_NAME, STUDIES, Case
 
 _PREFIXES = ("cluster.device_types.orin.", "cluster.")
+_COMMAND = "epsim validate published --profile FILE"
 
 
-def parameter_report(fit: Fit) -> list[dict[str, Any]]:
+def parameter_report(case: Case, fits: Mapping[str, Fit]) -> list[dict[str, Any]]:
     """Return an entry per parameter: numbers in SI, texts with units, and whether the data determine it."""
-    return [_entry(fit, parameter) for parameter in fit.problem.free]
+    entries = report(_calibration(case, fits), DATA_NAME)["parameters"]
+    return [{**entry, "name": short_name(entry["field"])} for entry in entries]
 
 
-def _entry(fit: Fit, parameter: Parameter) -> dict[str, Any]:
-    field = ClusterField(path=parameter.field)
-    specification = fit.problem.predictor.specified(parameter.field)
-    value = fit.values[parameter.field]
-    return {
-        "field": parameter.field,
-        "name": short_name(parameter.field),
-        "value": value,
-        "written": field.format(value),
-        "specification": specification,
-        "low": parameter.low,
-        "high": parameter.high,
-        "reason": parameter.reason,
-        "value_text": rounded_text(field, value),
-        "specification_text": "none" if specification is None else rounded_text(field, specification),
-        "low_text": rounded_text(field, parameter.low),
-        "high_text": rounded_text(field, parameter.high),
-    }
+def fitted_profile(case: Case, fits: Mapping[str, Fit]) -> str:
+    """Return the YAML of the device that all rows were fitted with; the errors of all studies are in its comment."""
+    return device_profile(_calibration(case, fits), DATA_NAME, _COMMAND)
 
 
 def short_name(path: str) -> str:
@@ -43,6 +35,17 @@ def short_name(path: str) -> str:
     return path.removeprefix(next(prefix for prefix in _PREFIXES if path.startswith(prefix)))
 
 
-def rounded_text(field: ClusterField, value: float) -> str:
-    """Return an SI value with four digits, as the YAML has it."""
-    return str(field.format(float(f"{value:.4g}")))
+def _calibration(case: Case, fits: Mapping[str, Fit]) -> Calibration:
+    """Return the studies in the form that `epsim calibrate` reports."""
+    best, predicted, rule = fits["in_sample"], {}, {}
+    for key, title, held_out in STUDIES:
+        scheme = case.scheme(held_out)
+        predicted[title] = np.where(scheme.test[:, None], fits[key].predicted, np.nan)
+        rule[title] = naive(case.rows, scheme.train, scheme.test)
+    return Calibration(
+        question=Question(parameters=case.parameters, compare=COMPARE, hold_outs={}),
+        fit=best,
+        intervals=linearised(best),
+        predicted=predicted,
+        naive=rule,
+    )

@@ -10,15 +10,16 @@ from epsim.calibrate.measured import MeasuredRow
 from epsim.metrics import StepRecord
 from epsim.run import Outcome, simulate
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
+from epsim.scenario.fields import ClusterField
 from epsim.validate.latency import Case
 
 KV_WAIT = "KV wait"
 
 
-def parts_report(case: Case, values: Mapping[str, float | str]) -> list[dict[str, Any]]:
+def parts_report(case: Case, values: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return, for each published row, the parts of TTFT and TPOT on the device where the tokens are at home, s.
 
-    values: of the fitted fields, as `--set` takes them. The parts of a row add up to the predicted TTFT and TPOT; what
+    values: SI, by fitted field. The parts of a row add up to the predicted TTFT and TPOT; what
     decode waits for KV caches is a part of TPOT.
     """
     found = []
@@ -30,10 +31,11 @@ def parts_report(case: Case, values: Mapping[str, float | str]) -> list[dict[str
 
 
 def _spec(
-    case: Case, values: Mapping[str, float | str], settings: Sequence[tuple[str, Any]], batch_sizes: Sequence[int]
+    case: Case, values: Mapping[str, float], settings: Sequence[tuple[str, Any]], batch_sizes: Sequence[int]
 ) -> ScenarioSpec:
     raw = copy.deepcopy(case.raw)
-    for path, value in (*settings, *values.items(), ("workload.batch_sizes", list(batch_sizes))):
+    written = {field: ClusterField(path=field).format(value) for field, value in values.items()}
+    for path, value in (*settings, *written.items(), ("workload.batch_sizes", list(batch_sizes))):
         apply_override(raw, path, value)
     return check_scenario(raw)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from epsim import __version__
-from epsim.calibrate.fit import Fit
+from epsim.calibrate.profile import set_lines
 from epsim.errors import InputError
 from epsim.trace.synthetic import published_workload
 from epsim.validate.affine import affine_report
-from epsim.validate.latency import SCENARIO, Case, images_report, latency_report, load_case, run_studies
-from epsim.validate.parameters import parameter_report
+from epsim.validate.latency import SCENARIO, images_report, latency_report, load_case, run_studies
+from epsim.validate.parameters import fitted_profile, parameter_report
 from epsim.validate.parts import parts_report
 from epsim.validate.published import load_published
 from epsim.validate.targets import target_report
@@ -19,8 +19,8 @@ from epsim.validate.transfer import transfer_report
 Advance = Callable[[str], None]
 
 
-def published_report(scenarios: Path, advance: Advance = lambda text: None) -> tuple[dict[str, Any], Case, Fit]:
-    """Return the report, and case and fit behind its in-sample values.
+def published_report(scenarios: Path, advance: Advance = lambda text: None) -> tuple[dict[str, Any], str]:
+    """Return the report, and the device that fits all rows of table S11 as the text of a profile.
 
     scenarios: the folder with `s10/` and `s11/`; InputError where they are not. advance: is told what comes next.
     """
@@ -31,9 +31,10 @@ def published_report(scenarios: Path, advance: Advance = lambda text: None) -> t
     fits = run_studies(case, advance)
     s11 = latency_report(case, fits)
     advance("intervals of the fitted values")
-    s11["parameters"] = parameter_report(fits["in_sample"])
+    s11["parameters"] = parameter_report(case, fits)
     s11["images"] = with_prompt_tokens(images_report(case, fits["in_sample"].predicted, advance))
-    s11["parts"] = parts_report(case, {entry["field"]: entry["written"] for entry in s11["parameters"]})
+    s11["parts"] = parts_report(case, fits["in_sample"].values)
+    s11["set"] = set_lines(fits["in_sample"].values)
     report = {
         "epsim_version": __version__,
         "citation": published.citation,
@@ -42,7 +43,7 @@ def published_report(scenarios: Path, advance: Advance = lambda text: None) -> t
         "s11": s11,
         "s12": affine_report(published),
     }
-    return report | {"targets": target_report(report)}, case, fits["in_sample"]
+    return report | {"targets": target_report(report)}, fitted_profile(case, fits)
 
 
 def require_scenarios(scenarios: Path) -> None:
