@@ -4,14 +4,14 @@ Only typer and the exceptions are imported at start; each command imports what i
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from epsim import __version__
+from epsim.cli_calibrate import calibrate
+from epsim.console import print_in_full, progress
 from epsim.errors import EpsimError, InputError
 
 app = typer.Typer(
@@ -24,8 +24,10 @@ app = typer.Typer(
 )
 scenario_app = typer.Typer(name="scenario", help="Look at scenarios.", no_args_is_help=True)
 trace_app = typer.Typer(name="trace", help="Look at, check, make and convert routing traces.", no_args_is_help=True)
+validate_app = typer.Typer(name="validate", help="Hold predictions to published measurements.", no_args_is_help=True)
 app.add_typer(scenario_app)
 app.add_typer(trace_app)
+app.add_typer(validate_app)
 
 ScenarioPath = Annotated[Path, typer.Argument(help="Scenario file (YAML).", metavar="SCENARIO", readable=False)]
 Overrides = Annotated[
@@ -70,7 +72,7 @@ def simulate(
     if out is not None:
         check_folder(out)
     spec = load_scenario(scenario, overrides or ())
-    with _progress(lambda: count_steps(spec), spec.name) as advance:
+    with progress(lambda: count_steps(spec), spec.name) as advance:
         outcome = simulate(spec, advance, with_timeline=out is not None)
     if out is not None:
         paths = write_run(
@@ -84,7 +86,7 @@ def simulate(
     if json_output:
         typer.echo(to_json(outcome.results), nl=False)
     else:
-        _print(simulation_tables(outcome.results))
+        print_in_full(simulation_tables(outcome.results))
 
 
 @app.command()
@@ -111,11 +113,14 @@ def compare(
     axes = parse_axes(axis)
     reference = parse_baseline(baseline, axes)
     raw = load_raw(scenario, overrides or ())
-    with _progress(None, "comparing") as advance:
+    with progress(None, "comparing") as advance:
         rows = compare(raw, axes, reference, advance)
     if csv is not None:
         write_csv(csv, rows)
-    _print(comparison_tables(rows, list(axes)))
+    print_in_full(comparison_tables(rows, list(axes)))
+
+
+app.command()(calibrate)
 
 
 @scenario_app.command()
@@ -147,7 +152,7 @@ def info(path: TracePath) -> None:
     from epsim.trace.file import TraceFile
     from epsim.trace.info import summarise
 
-    _print(trace_table(summarise(TraceFile.open(path))))
+    print_in_full(trace_table(summarise(TraceFile.open(path))))
 
 
 @trace_app.command()
@@ -197,36 +202,44 @@ def make(
     typer.echo(f"wrote {output}", err=True)
 
 
-def _print(renderable: Any) -> None:
-    """Print tables in full, however narrow the terminal: a wrapped line can be read, a cut one cannot."""
-    from rich.console import Console
+@validate_app.command()
+def published(
+    docs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the document, and its figures to images/ beside it.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the device that fits table S11 best (YAML).")
+    ] = None,
+    scenarios: Annotated[Path, typer.Option(metavar="DIR", help="The folder of s10/ and s11/.")] = Path("scenarios"),
+    json_output: Annotated[bool, typer.Option("--json", help="Print all values instead of tables.")] = False,
+) -> None:
+    """Predictions beside SMoES tables S10, S11 and S12: reproduced, fitted, held out. Takes some minutes."""
+    from epsim.calibrate.profile import write_profile
+    from epsim.report.files import check_file, check_folder, to_json
+    from epsim.report.validation import validation_tables
+    from epsim.validate.document import write_document
+    from epsim.validate.figures import require_matplotlib
+    from epsim.validate.report import published_report
 
-    console = Console(markup=False, emoji=False, width=1000)  # names are the user's
-    with console.capture() as captured:
-        console.print(renderable)
-    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-@contextmanager
-def _progress(count: Callable[[], int] | None, label: str) -> Iterator[Callable[[], None]]:
-    """Show a bar of simulated steps on stderr, only on a terminal; without `count`, steps without an end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda: None
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(label, total=count() if count else None)
-        yield lambda: progress.advance(task)
+    if docs is not None:
+        require_matplotlib()
+        check_file(docs)
+        check_folder(docs.parent / "images")
+    if profile is not None:
+        check_file(profile)
+    report, device = published_report(scenarios, lambda text: typer.echo(text, err=True))
+    if profile is not None:
+        write_profile(profile, device)
+        typer.echo(
+            f"wrote {profile}; with it go: " + " ".join(f"--set '{line}'" for line in report["s11"]["set"]), err=True
+        )
+    written = write_document(docs, report) if docs is not None else []
+    for path in written:
+        typer.echo(f"wrote {path}", err=True)
+    if json_output:
+        typer.echo(to_json(report), nl=False)
+    else:
+        print_in_full(validation_tables(report))
 
 
 def main() -> None:

@@ -32,11 +32,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "traces": {"model", "scenario", "trace"},
     "run": PARTS | {"traces"},
     "compare": {"run", "scenario"},
-    "calibrate": {"atomic", "batch", "cluster", "metrics", "run", "scenario", "sim"},
+    "calibrate": {"atomic", "batch", "cluster", "model", "run", "scenario"},
     "validate": {"atomic", "batch", "calibrate", "metrics", "run", "scenario", "trace"},
     "warm_up": {"run", "scenario"},
     "__main__": {"cli"},
-    "cli": {"run", "compare", "scenario", "report", "trace", "traces", "calibrate", "validate"},
+    "console": set(),
+    "cli_calibrate": {"calibrate", "console", "report"},
+    "cli": {
+        "run",
+        "compare",
+        "scenario",
+        "report",
+        "trace",
+        "traces",
+        "calibrate",
+        "validate",
+        "console",
+        "cli_calibrate",
+    },
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
 HEAVY_AT_HOME = {
@@ -46,8 +59,8 @@ HEAVY_AT_HOME = {
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},
     "pydantic": {"scenario", "calibrate"},
-    "typer": {"cli"},
-    "rich": {"cli", "report"},
+    "typer": {"cli", "cli_calibrate", "console"},
+    "rich": {"console", "report"},
     "matplotlib": {"validate"},
 }
 MAX_LINES = 300
