@@ -192,4 +192,4 @@ def routed_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
     )
     moves_RR = rng.random((num_devices, num_devices)) < (shape.density if shape.kv else 0.0)
     kv_tokens_RR = rng.integers(1, 9, moves_RR.shape) * moves_RR
-    return StepPlanner(model, cluster, RooflineCost(model, cluster), transmission).plan(work, traffic, kv_tokens_RR)
+    return StepPlanner(model, cluster, RooflineCost(model, cluster), transmission).plan((work,), traffic, kv_tokens_RR)
