@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epsim.atomic import require_replaceable, whole_file, write_errors
-from epsim.errors import OutputError
-from epsim.validate.figures import draw_figures, require_matplotlib
+from epsim.validate.figures import draw_figures
 from epsim.validate.prose import FITTED, HEADER, LIMITS, REPRODUCED, TARGETS_TEXT, UNKNOWN
 
 METRICS = ("ttft", "tpot")
@@ -29,14 +28,6 @@ def write_document(path: Path, report: Mapping[str, Any]) -> list[Path]:
         with whole_file(target) as partial:
             partial.write_bytes(content)
     return list(contents)
-
-
-def check_document(path: Path) -> None:
-    """Raise an InputError, before anything is computed, where the document or its figures cannot be made."""
-    require_matplotlib()
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it, or name another path")
-    require_replaceable(path)
 
 
 def document(report: Mapping[str, Any]) -> str:
