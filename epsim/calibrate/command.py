@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epsim.calibrate.calibration import Calibration, Question, calibrate
+from epsim.calibrate.fit import DEFAULT_EFFORT
 from epsim.calibrate.holdout import Scheme, hold_out, k_folds
 from epsim.calibrate.measured import parse_compare, read_measured
 from epsim.calibrate.parameters import ParameterError, default_parameters, load_parameters
@@ -54,6 +55,7 @@ def prepare(
         compare=comparison,
         hold_outs=schemes,
         weights=Weights(pairs=pair_weight),
+        effort=DEFAULT_EFFORT,
         seed=seed,
         profiled=profiled,
     )
