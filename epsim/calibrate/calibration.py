@@ -136,7 +136,7 @@ def _parameter(parameter: Parameter, best: Fit, interval: Interval) -> dict[str,
     return {
         "field": parameter.field,
         **numbers,
-        "text": {name: text(parameter.field, number) for name, number in numbers.items()},
+        "text": {name: text(parameter, number) for name, number in numbers.items()},
         "interval": interval.method,
         "determined": interval.determined,
         "undetermined_because": interval.why or None,
@@ -144,13 +144,13 @@ def _parameter(parameter: Parameter, best: Fit, interval: Interval) -> dict[str,
     }
 
 
-def text(field: str, value: float | None) -> str | None:
-    """Return a value with its unit, to four digits."""
+def text(parameter: Parameter, value: float | None) -> str | None:
+    """Return a value to four digits in the unit that fits the parameter's high bound; None as it is."""
     if value is None:
         return None
-    written = str(ClusterField(path=field).format(ClusterField(path=field).rounded(value, 4)))
-    number, _, unit = written.partition(" ")
-    return f"{float(number):.4g} {unit}".strip()
+    field = ClusterField(path=parameter.field)
+    _, _, unit = str(field.format(parameter.high)).partition(" ")
+    return f"{value / field.parse(f'1 {unit}'):.4g} {unit}" if unit else f"{value:.4g}"
 
 
 def _scheme(calibration: Calibration, name: str) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from epsim.calibrate.workers import Workers
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How hard to look for the minimum: points that are screened, fits from the best of them for a few steps, and how
-    many of these go on to the end."""
+    many of these go on to the end, which is where the cost falls by less than the tolerance (relative) in a step."""
 
     num_screened: int = 63
     num_short: int = 4
     short_steps: int = 10
     num_long: int = 2
     long_steps: int = 30
+    tolerance: float = 1e-5
 
 
 DEFAULT_EFFORT = Effort()
@@ -74,6 +75,7 @@ class SearchTask:
     fixed: Mapping[str, float]
     start_N: Floats
     max_steps: int
+    tolerance: float = 1e-5
 
     def problem(self, predictor: Predicts) -> Problem:
         return Problem(
@@ -125,7 +127,10 @@ def fit(
         evaluations += len(costs)
     short = [replace(task, start_N=point, max_steps=effort.short_steps) for point in points]
     solutions = sorted(workers.map(search, short), key=lambda solution: solution.cost)
-    long = [replace(task, start_N=s.at_N, max_steps=effort.long_steps) for s in solutions[: effort.num_long]]
+    long = [
+        replace(task, start_N=s.at_N, max_steps=effort.long_steps, tolerance=effort.tolerance)
+        for s in solutions[: effort.num_long]
+    ]
     solutions = [*sorted(workers.map(search, long), key=lambda solution: solution.cost), *solutions]
     best = solutions[0]
     values = _rounded(problem, best.at_N)
@@ -183,8 +188,8 @@ def search(predictor: Predicts, task: SearchTask) -> Solution:
         loss="soft_l1",
         f_scale=LOSS_SCALE,
         max_nfev=task.max_steps,
-        ftol=1e-5,
-        xtol=1e-6,
+        ftol=task.tolerance,
+        xtol=0.1 * task.tolerance,
         gtol=1e-10,
     )
     evaluations = found.nfev + found.njev * (1 + len(task.free))
