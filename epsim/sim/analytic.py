@@ -125,6 +125,8 @@ def _totals(
     ]
     bytes_RR, messages_RR = np.zeros((num_devices, num_devices)), np.zeros((num_devices, num_devices))
     for source, destination, bytes_LFC in sent:
+        if not bytes_LFC.any():
+            continue
         np.add.at(bytes_RR, (source, destination), bytes_LFC.sum(axis=(0, 2)))
         np.add.at(messages_RR, (source, destination), (bytes_LFC > 0).sum(axis=(0, 2)))
     used = network.routes_RRH >= 0

@@ -6,6 +6,7 @@ destination or expert device), N nodes, X links.
 The parts of a device's time, in the order of `PARTS`, cover the whole step: what it computes, what it waits for.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,12 @@ Mode = Literal["sync", "async", "two_batch"]
 
 COMPUTE_PARTS = ("vision", "attention", "dense_ffn", "router", "experts", "copy", "head")
 PARTS = (*COMPUTE_PARTS, "dispatch", "combine", "host", "waiting")
+
+
+@functools.cache
+def _suffix(name: str, suffixes: tuple[str, ...]) -> str | None:
+    """Return the longest suffix that a field's name ends in."""
+    return max((end for end in suffixes if name.endswith(end)), key=len, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,7 @@ class StepPlan:
         shape_of |= {"_LCRR": (layers, chunks, devices, devices), "_LCRN": (layers, chunks, devices, nodes)}
         shape_of |= {"_RN": (devices, nodes), "node_of_device_R": (devices,)}
         for name, array in vars(self).items():
-            suffix = max((end for end in shape_of if name.endswith(end)), key=len, default=None)
+            suffix = _suffix(name, tuple(shape_of))
             if suffix is not None and array is not None and array.shape != shape_of[suffix]:
                 raise ValueError(f"{name} has shape {array.shape}, not {shape_of[suffix]}")
 
