@@ -131,8 +131,8 @@ def fit(
         replace(task, start_N=s.at_N, max_steps=effort.long_steps, tolerance=effort.tolerance)
         for s in solutions[: effort.num_long]
     ]
-    solutions = [*sorted(workers.map(search, long), key=lambda solution: solution.cost), *solutions]
-    best = solutions[0]
+    solutions = [*workers.map(search, long), *solutions]
+    best = min(solutions, key=lambda solution: solution.cost)
     values = _rounded(problem, best.at_N)
     at_N = np.array([parameter.to_unit(values[parameter.field]) for parameter in parameters])
     return Fit(
@@ -159,12 +159,12 @@ def _screening_points(problem: Problem, num_points: int, seed: int) -> list[Floa
     num_free = len(problem.free)
     strata = np.stack([rng.permutation(num_points) for _ in range(num_free)], axis=1)
     points = (strata + rng.uniform(size=strata.shape)) / num_points
-    return [_inside(problem.specified_N), *points]
+    return [problem.specified_N, *points]
 
 
 def _inside(at_N: Floats) -> Floats:
     """Off the bounds, where the search's steps would be scaled to nothing."""
-    return np.clip(at_N, 0.01, 0.99)
+    return np.clip(at_N, 1e-3, 1 - 1e-3)
 
 
 def _cost_at(predictor: Predicts, task: SearchTask) -> float:
