@@ -62,6 +62,7 @@ def test_values_are_yaml_and_empty_cells_leave_the_scenario(tmp_path: Path) -> N
         ("", "measured.csv: holds no measurements"),
         ("batch_size,ttft_s\n", "measured.csv: holds no measurements"),
         ("size,ttft_s\n1,1\n", "line 1: the column batch_size is missing"),
+        ("batch_size,ttft_s,workload.batch_sizes\n1,1,[1]\n", "workload.batch_sizes cannot be a column"),
         ("batch_size,note\n1,1\n", "line 1: neither ttft_s nor tpot_s is there"),
         ("batch_size,ttft_s,ttft_s\n1,1,1\n", 'line 1: the column "ttft_s" is there twice'),
         ("batch_size,ttft_s,\n1,1,1\n", "line 1: a column has no name"),

@@ -78,6 +78,10 @@ def _names(path: Path, names: list[str]) -> list[str]:
             raise MeasuredError(f"{path}, line 1: a column has no name; write batch_size, or a field's path")
         if names.count(name) > 1:
             raise MeasuredError(f'{path}, line 1: the column "{name}" is there twice; write it once')
+    if "workload.batch_sizes" in names:
+        raise MeasuredError(
+            f"{path}, line 1: workload.batch_sizes cannot be a column; write batch_size, one for each row"
+        )
     if "batch_size" not in names:
         raise MeasuredError(f"{path}, line 1: the column batch_size is missing; write it")
     if not set(names) & set(METRICS):

@@ -17,6 +17,8 @@ _predictor: Predicts | None = None  # of a worker process
 class Workers:
     """A context with num_processes processes; with one, everything runs in this process.
 
+    The processes are spawned: a script that uses them needs `if __name__ == "__main__":`, as always with spawn.
+
     advance: is called after each task. Results come in the order of the tasks, whatever the number of processes.
     """
 
