@@ -10,7 +10,7 @@ import pytest
 from epsim.calibrate.fit import Effort, fit
 from epsim.calibrate.holdout import in_sample
 from epsim.calibrate.measured import Compare, Floats, MeasuredError, MeasuredRow
-from epsim.calibrate.parameters import Parameter, ParameterError
+from epsim.calibrate.parameters import Parameter, ParameterError, default_parameters
 from epsim.calibrate.predict import Predictor
 from epsim.calibrate.problem import LOSS_SCALE, Problem, Weights, robust_cost
 from epsim.calibrate.workers import Workers
@@ -212,3 +212,22 @@ def test_the_simulators_own_values_are_found_again() -> None:
     predictor = Predictor(raw_scenario(), rows)
     found = fit(predictor, parameters, in_sample(rows).train, effort=QUICK)
     assert found.values == pytest.approx(truth, rel=1e-3)
+
+
+def test_the_default_parameters_are_fields_of_a_shipped_cluster() -> None:
+    predictor = Predictor(raw_scenario(), [row(1)])
+    parameters = default_parameters(predictor.device_types)
+    predictor.check([p.field for p in parameters])
+    as_specified = predictor.predict({})
+    # Each moves some figure: at its dearer end TTFT or TPOT is larger than as specified.
+    staging = {f"{ORIN}.staging.bandwidth": 20e9}
+    for p in parameters:
+        ends = [predictor.predict({**staging, p.field: end}) for end in (p.low, p.high)]
+        inert = p.field.endswith(("transfer_overlap", "barrier_slowdown", "efficiency_exponent"))
+        assert inert or np.max([end - as_specified for end in ends]) > 0
+
+
+def test_a_rate_that_the_scenario_leaves_out_is_drawn_to_its_high_bound() -> None:
+    free = (parameter("not there"), parameter("a", 0.5, 2.0, log=False))
+    problem = Problem(predictor=Formula(rows=(row(1),)), free=free, train=np.ones(1, dtype=bool))
+    assert problem.specified_N == pytest.approx([1.0, 1 / 3])  # a is 1: a third of the way from 0.5 to 2
