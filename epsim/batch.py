@@ -16,15 +16,16 @@ from epsim.cost import HomeWork
 from epsim.errors import TraceError
 from epsim.metrics import Phase, RequestRecord, StepRecord, TransferCounts
 from epsim.model import ModelCard
-from epsim.placement import HomePlan, Placement
-from epsim.sim import PARTS, Execution, Fidelity, StepPlanner, StepResult, simulate_step
+from epsim.parallelism import Layout
+from epsim.placement import Placement
+from epsim.sim import PARTS, Execution, Fidelity, ReplicaPlanner, StepPlanner, StepResult, simulate_step
 from epsim.trace import Modality, RoutingTrace, TraceSource, check_trace
 from epsim.traffic import TrafficCounter, count_remote
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A model on a cluster with its placement and homes, ready to run batches of a trace.
+    """A model laid out on a cluster, ready to run batches of a trace.
 
     check_rows: the trace comes from outside, so the rows of each batch are held to the invariants of traces.
     """
@@ -33,10 +34,9 @@ class Deployment:
     cluster: Cluster
     trace: TraceSource
     check_rows: bool
-    placement: Placement
-    homes: HomePlan
+    layout: Layout
     counter: TrafficCounter
-    planner: StepPlanner
+    planner: StepPlanner | ReplicaPlanner
     fidelity: Fidelity
 
 
@@ -72,7 +72,7 @@ def simulate_batch(
     now_s, steps = start_s, []
     for step in range(run.num_steps):
         tokens = run.tokens(step)
-        transfers.add(tokens.phase, tokens.count_remote(deployment.placement))
+        transfers.add(tokens.phase, tokens.count_remote(deployment.layout.placement))
         result, execution, pairs_LR = run.simulate(tokens)
         if execution is not None and step < num_executions:
             executions.append(execution)
@@ -118,7 +118,7 @@ class _BatchRun:
         self, deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
     ) -> None:
         self._deployment = deployment
-        self._homes = deployment.homes.assign(len(request_ids))
+        self._homes = deployment.layout.homes.assign(len(request_ids))
         self._rows = rows = deployment.trace.select(request_ids)
         if deployment.check_rows:
             _check_rows(rows, deployment.trace.name)
@@ -150,7 +150,7 @@ class _BatchRun:
         traffic = d.counter.count(tokens.topk_expert_ids_TLK, tokens.home_T)
         work = self._prefill_work(tokens) if tokens.step == 0 else self._decode_work(tokens)
         plan = d.planner.plan(work, traffic, self._moving_kv_tokens(tokens.step))
-        return *simulate_step(plan, d.cluster, d.fidelity), traffic.device_pairs_LR
+        return *simulate_step(plan, d.cluster, d.fidelity), d.planner.served_pairs_LR(traffic)
 
     def _per_device(self, home: npt.NDArray[np.int32], values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         totals_R = np.zeros(self._deployment.cluster.num_devices, dtype=np.int64)
@@ -220,5 +220,6 @@ def _record(
         link_busy_s_X=result.link_busy_s_X,
         link_bytes_X=result.link_bytes_X,
         pairs_LR=pairs_LR,
+        sent_bytes=float(result.delivered_bytes_RR.sum()),
         contended=result.contended,
     )

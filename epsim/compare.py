@@ -90,9 +90,21 @@ def compare(
             for metric, statistic in _METRICS.items():
                 value = size[metric]
                 row[metric] = value[statistic] if statistic and value is not None else value
-            rows.append(row)
+            rows.append({**row, **_resources(size)})
     _add_changes(rows)
     return sorted(rows, key=lambda row: (row["batch_size"], row["e2e_s"]))
+
+
+def _resources(size: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a batch size sends between devices, and what it takes of their memory."""
+    accounts = size["memory_bytes"].values()
+    return {
+        "prefill_sent_bytes_per_step": size["prefill"]["sent_bytes_per_step"],
+        "decode_sent_bytes_per_step": size["decode"]["sent_bytes_per_step"] if size["decode"] else None,
+        "sent_bytes_per_output_token": size["sent_bytes_per_output_token"],
+        "fullest_device_memory_bytes": max(accounts, key=lambda account: account["total"] - account["usable"])["total"],
+        "all_devices_memory_bytes": sum(account["total"] for account in accounts),
+    }
 
 
 def _with(raw: dict[str, Any], combination: Mapping[str, Any]) -> ScenarioSpec:

@@ -178,8 +178,14 @@ def test_slot_choice_equals_the_reference(seed: int, num_devices: int, num_exper
     ("p2l_LP", "message"),
     [
         ([[0, 1, 2]], "placement: 3 slots do not divide over 2 devices; use a multiple of 2 slots"),
-        ([[0, 1, 2, 3], [0, 1, 2, 4]], "placement: layer 1, slot 3 holds expert 4; experts are numbered 0 to 3"),
-        ([[0, 1, 2, -1]], "placement: layer 0, slot 3 holds expert -1; experts are numbered 0 to 3"),
+        (
+            [[0, 1, 2, 3], [0, 1, 2, 4]],
+            "placement: layer 1, slot 3 holds expert 4; experts are numbered 0 to 3, and -1 is an empty slot",
+        ),
+        (
+            [[0, 1, 2, -2]],
+            "placement: layer 0, slot 3 holds expert -2; experts are numbered 0 to 3, and -1 is an empty slot",
+        ),
         (
             [[0, 1, 2, 2]],
             "placement: layer 0 has no slot for expert 3; every expert must be on some device",

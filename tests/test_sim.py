@@ -87,7 +87,8 @@ def make_plan(mode: Mode, num_devices: int = 2, **changes: Any) -> StepPlan:
     """Return a plan of one layer and one chunk without durations and bytes; `changes` replace fields."""
     r = num_devices
     vectors = {name: np.zeros(r) for name in ("vision_s_R", "head_s_R")}
-    by_layer = ("attention_s_LR", "dense_ffn_s_LR", "router_s_LR", "shared_s_LR", "experts_s_LR", "local_s_LR")
+    by_layer = ("attention_s_LR", "dense_ffn_s_LR", "router_s_LR", "shared_s_LR", "home_experts_s_LR", "experts_s_LR")
+    by_layer += ("local_s_LR",)
     per_layer = {name: np.zeros((1, r)) for name in by_layer}
     by_pair = ("remote_s_LCRR", "dispatch_bytes_LCRR", "combine_bytes_LCRR")
     per_pair = {name: np.zeros((1, 1, r, r)) for name in by_pair}

@@ -56,6 +56,7 @@ class StepPlanner:
             dense_ffn_s_LR=dense_ffn_s_LR,
             router_s_LR=np.tile(cost.router_s_R(work), (num_layers, 1)),
             shared_s_LR=np.tile(cost.shared_experts_s_R(work), (num_layers, 1)),
+            home_experts_s_LR=np.zeros_like(attention_s_LR),
             experts_s_LR=cost.experts_s(traffic.device_pairs_LR, traffic.device_experts_LR),
             local_s_LR=cost.experts_s(pairs_LRR[:, local, local], traffic.source_experts_LRR[:, local, local]),
             remote_s_LCRR=_off_diagonal(cost.experts_s(traffic.pairs_LCRR, traffic.experts_LCRR)),
@@ -66,6 +67,10 @@ class StepPlanner:
             overlap_kv=self._transmission.overlap_kv,
             **self._messages(traffic),
         )
+
+    def served_pairs_LR(self, traffic: StepTraffic) -> Counts:
+        """Return the routed pairs that each device serves, [L, R]."""
+        return traffic.device_pairs_LR
 
     def _messages(self, traffic: StepTraffic) -> dict[str, Floats]:
         form = self._transmission.message_format

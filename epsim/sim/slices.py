@@ -91,6 +91,7 @@ def _front_slices(execution: Execution, layer: int, device: int, start_s: float)
         ("attention", plan.attention_s_LR[layer, device]),
         ("dense FFN", plan.dense_ffn_s_LR[layer, device]),
         ("router", plan.router_s_LR[layer, device]),
+        ("experts", plan.home_experts_s_LR[layer, device]),
     ]
     for name, duration_s in parts:
         if duration_s > 0:

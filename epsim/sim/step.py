@@ -25,6 +25,8 @@ class StepPlan:
 
     vision_s_R: before the first layer. attention_s_LR, dense_ffn_s_LR (leading dense layers, counted to the MoE layer
     that follows them), router_s_LR: until a layer's dispatch. shared_s_LR: shared experts, at the home.
+    home_experts_s_LR: routed and shared experts computed at the token's home before the dispatch (tensor and data
+    parallelism), also until a layer's dispatch.
     experts_s_LR: routed experts of a device in one kernel (mode sync). local_s_LR: those for its own home tokens, and
     remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
     dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the
@@ -40,6 +42,7 @@ class StepPlan:
     dense_ffn_s_LR: Floats
     router_s_LR: Floats
     shared_s_LR: Floats
+    home_experts_s_LR: Floats
     experts_s_LR: Floats
     local_s_LR: Floats
     remote_s_LCRR: Floats
@@ -78,7 +81,7 @@ class StepPlan:
     @property
     def front_s_LR(self) -> Floats:
         """What a device computes in a layer before its dispatch."""
-        front_s_LR = self.attention_s_LR + self.dense_ffn_s_LR + self.router_s_LR
+        front_s_LR = self.attention_s_LR + self.dense_ffn_s_LR + self.router_s_LR + self.home_experts_s_LR
         front_s_LR[0] += self.vision_s_R
         return front_s_LR
 
@@ -100,7 +103,7 @@ class StepPlan:
                 self.attention_s_LR.sum(axis=0),
                 self.dense_ffn_s_LR.sum(axis=0),
                 self.router_s_LR.sum(axis=0),
-                experts_s_R + self.shared_s_LR.sum(axis=0),
+                experts_s_R + self.shared_s_LR.sum(axis=0) + self.home_experts_s_LR.sum(axis=0),
                 self.head_s_R,
             ]
         )

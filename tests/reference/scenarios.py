@@ -119,6 +119,7 @@ def random_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
         dense_ffn_s_LR=durations(layers, num_devices) * (np.arange(layers) == 0)[:, None],
         router_s_LR=durations(layers, num_devices),
         shared_s_LR=durations(layers, num_devices),
+        home_experts_s_LR=durations(layers, num_devices),
         experts_s_LR=durations(layers, num_devices),
         local_s_LR=durations(layers, num_devices),
         remote_s_LCRR=durations(*sends_LCRR.shape) * sends_LCRR,

@@ -1,0 +1,101 @@
+"""`ReplicaPlanner`: the `StepPlan` of replicas, each one device (data parallel) or a group of them (tensor parallel).
+
+Every device of a group computes its slice of every layer for all tokens of the group (Megatron-LM, arXiv:1909.08053).
+The partial results are added twice a layer, after the attention and after the FFN or experts, by an all-reduce, which
+is a reduce-scatter and an all-gather (arXiv:2205.05198): in each every device sends every other one 1 / size of the
+tokens, in all 2 (size - 1) / size of their bytes, as a ring does. The plan has two layers per layer of the model, 2 l
+with the attention and 2 l + 1 with the FFN or experts: dispatch is the reduce-scatter, combine the all-gather.
+
+Letters: L MoE layers (in plan arrays: twice the layers of the model), C chunks, R devices, N nodes.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim.cluster import Cluster
+from epsim.cost import HomeWork, RooflineCost
+from epsim.model import ModelCard
+from epsim.sim.step import Floats, StepPlan
+from epsim.traffic import Counts, StepTraffic
+
+
+class ReplicaPlanner:
+    """Makes the plans of the steps of one deployment.
+
+    A group's work and traffic are those of its first device, where all of its requests live.
+    """
+
+    def __init__(
+        self, card: ModelCard, cluster: Cluster, cost: RooflineCost, *, group_size: int, vector_bytes: float
+    ) -> None:
+        """card: what one device holds of the model; cost: of that card. vector_bytes: of one hidden vector sent."""
+        self._card = card
+        self._cost = cost
+        self._group_size = group_size
+        self._vector_bytes = vector_bytes
+        self._node_of_device_R = cluster.node_of_device_R.astype(np.int32)
+        self._leader_R = np.arange(cluster.num_devices) // group_size * group_size
+
+    def plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
+        """Return the plan of a step; kv_tokens_RR: off its diagonal nothing, as a request stays in its replica."""
+        if (kv_tokens_RR * (1 - np.eye(len(kv_tokens_RR)))).any():
+            raise ValueError("kv_tokens_RR moves requests between replicas")
+        work = self._of_group(work)
+        bytes_LCRR, zeros_LR, nodes_LCRN = self._all_reduces(work.tokens_R)
+        return StepPlan(
+            mode="sync" if self._group_size > 1 else "async",
+            vision_s_R=self._cost.vision_s_R(work),
+            **self._fronts(work, traffic),
+            shared_s_LR=zeros_LR,
+            experts_s_LR=zeros_LR,
+            local_s_LR=zeros_LR,
+            remote_s_LCRR=np.zeros_like(bytes_LCRR),
+            head_s_R=self._cost.head_s_R(work),
+            dispatch_bytes_LCRR=bytes_LCRR,
+            combine_bytes_LCRR=bytes_LCRR,
+            node_dispatch_bytes_LCRN=nodes_LCRN,
+            node_combine_bytes_LCRN=nodes_LCRN,
+            gateway_RN=None,
+            node_of_device_R=self._node_of_device_R,
+            kv_bytes_LRR=np.zeros_like(bytes_LCRR[:, 0]),
+            overlap_kv=False,
+        )
+
+    def served_pairs_LR(self, traffic: StepTraffic) -> Counts:
+        """Return the pairs of which each device computes its slice, [L, R]: all of its group."""
+        return traffic.device_pairs_LR[:, self._leader_R]
+
+    def _of_group(self, work: HomeWork) -> HomeWork:
+        """Give every device the work of its group."""
+        counts: dict[str, Any] = {name: value for name, value in vars(work).items() if isinstance(value, np.ndarray)}
+        return replace(work, **{name: value_R[self._leader_R] for name, value_R in counts.items()})
+
+    def _fronts(self, work: HomeWork, traffic: StepTraffic) -> dict[str, Floats]:
+        """Return what the devices compute, [2 x layers, R]: attention in the even, FFN or experts in the odd layers."""
+        cost, num_dense = self._cost, self._card.num_dense_layers
+        shape = (2 * self._card.num_layers, len(self._leader_R))
+        names = ("attention_s_LR", "dense_ffn_s_LR", "router_s_LR", "home_experts_s_LR")
+        fronts = {name: np.zeros(shape) for name in names}
+        fronts["attention_s_LR"][0::2] = cost.attention_s_R(work)
+        fronts["dense_ffn_s_LR"][1 : 2 * num_dense : 2] = cost.dense_ffn_s_R(work)
+        if self._card.moe is not None:
+            pairs_LR, experts_LR = self.served_pairs_LR(traffic), traffic.device_experts_LR[:, self._leader_R]
+            fronts["router_s_LR"][2 * num_dense + 1 :: 2] = cost.router_s_R(work)
+            experts_s_LR = cost.experts_s(pairs_LR, experts_LR) + cost.shared_experts_s_R(work)
+            fronts["home_experts_s_LR"][2 * num_dense + 1 :: 2] = experts_s_LR
+        return fronts
+
+    def _all_reduces(self, tokens_R: npt.NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
+        """Return the bytes of each plan layer's exchange [L, 1, R, R], and zeros [L, R] and [L, 1, R, N]."""
+        num_layers, num_devices = 2 * self._card.num_layers, len(self._leader_R)
+        partners_RR = (self._leader_R[:, None] == self._leader_R) & ~np.eye(num_devices, dtype=bool)
+        bytes_RR = partners_RR * (tokens_R[:, None] * self._vector_bytes / self._group_size)
+        num_nodes = int(self._node_of_device_R.max()) + 1
+        return (
+            np.tile(bytes_RR, (num_layers, 1, 1, 1)),
+            np.zeros((num_layers, num_devices)),
+            np.zeros((num_layers, 1, num_devices, num_nodes)),
+        )
