@@ -92,14 +92,20 @@ def check_parallelism(spec: ScenarioSpec, model: ModelCard, num_devices: int) ->
             f"model: {model.name} has no MoE layers; write a model with experts, e.g. olmoe, "
             "or parallelism.kind: tp or dp"
         )
-    if isinstance(chosen, TpSpec) and chosen.size is not None and num_devices % chosen.size:
-        sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
-        raise ScenarioError(
-            f"parallelism.size: {chosen.size} does not divide {num_devices} devices; write one of "
-            + ", ".join(map(str, sizes))
-        )
+    if isinstance(chosen, TpSpec):
+        _check_size(chosen, model, num_devices)
     if isinstance(chosen, AfdSpec | PdSpec):
         _check_split(spec, num_devices)
+
+
+def _check_size(chosen: TpSpec, model: ModelCard, num_devices: int) -> None:
+    size = chosen.size or num_devices
+    if num_devices % size:
+        sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        raise ScenarioError(
+            f"parallelism.size: {size} does not divide {num_devices} devices; write one of {', '.join(map(str, sizes))}"
+        )
+    model.shard(size)
 
 
 def _check_split(spec: ScenarioSpec, num_devices: int) -> None:

@@ -61,9 +61,7 @@ def simulate(spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeli
 
 def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, and layout of a scenario, and check that they fit together."""
-    model = ModelCard.from_mapping(spec.model.model_dump())
-    cluster = build_cluster(spec.cluster.model_dump())
-    check_parallelism(spec, model, cluster.num_devices)
+    model, cluster = model_and_cluster(spec)
     trace, load_MLE = _trace_and_load(*_trace_key(spec, model))
     _check_trace(trace, model, spec.workload)
     layout = _lay_out(spec, cluster, model, load_MLE)
@@ -78,6 +76,14 @@ def assemble(spec: ScenarioSpec) -> Deployment:
         planner=layout.planner(cluster, transmission),
         fidelity=spec.simulation.fidelity,
     )
+
+
+def model_and_cluster(spec: ScenarioSpec) -> tuple[ModelCard, Cluster]:
+    """Build both, and check that the kind of parallelism goes with them and with the rest of the scenario."""
+    model = ModelCard.from_mapping(spec.model.model_dump())
+    cluster = build_cluster(spec.cluster.model_dump())
+    check_parallelism(spec, model, cluster.num_devices)
+    return model, cluster
 
 
 def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:

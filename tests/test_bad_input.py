@@ -179,6 +179,27 @@ VALUES = {
     "write MMMU, SQA-IMG, POPE, GQA or TextVQA",
     "trace={kind: published, benchmark: POPE, method: hard}": 'trace.method: "hard" is not known; '
     "write baseline, attention-soft or gaussian-soft",
+    # kinds of parallelism
+    "parallelism.kind=sp": 'parallelism.kind: "sp" is not known; write one of ep, tp, dp, afd, pd',
+    "parallelism=tp": 'parallelism: "tp" is not a mapping of fields; write e.g. {kind: tp}',
+    "parallelism={kind: dp, size: 2}": "parallelism.size: is not a known field; known are kind",
+    "parallelism={kind: tp, size: 3}": "parallelism.size: 3 does not divide 2 devices; write one of 1, 2",
+    "parallelism.kind=tp model.attention.num_heads=3": "parallelism.size: 2 does not split attention.num_heads 3 "
+    "of OLMoE-1B-7B-0125; write one of 1",
+    "parallelism={kind: afd, attention_devices: 2}": "parallelism.attention_devices: 2 leaves none of 2 devices; "
+    "write 1 or less",
+    "parallelism={kind: pd, prefill_devices: 0}": "parallelism.prefill_devices: 0 is not above 0; "
+    "write a larger number",
+    "parallelism.kind=afd homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under afd, where '
+    "tokens live on the attention devices; leave it out",
+    "parallelism.kind=pd homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under pd, where '
+    "tokens live first in the one, then in the other pool; leave it out",
+    "parallelism.kind=tp placement.policy=random": 'placement.policy: "random" has no meaning under tp, where every '
+    "device holds a slice of every expert; leave it out",
+    "parallelism.kind=tp transmission.mode=async": 'transmission.mode: "async" has no meaning under tp, where every '
+    "device holds a slice of every expert; leave it out",
+    "parallelism.kind=dp homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under dp, where every '
+    "device holds the whole model; leave it out",
     # quantities
     "cluster.links[0].bandwidth=10 GB": 'cluster.links[0].bandwidth: "10 GB" is not a rate; write e.g. "10 Gbit/s"',
     "cluster.links[0].bandwidth=10": 'cluster.links[0].bandwidth: 10 is not a rate; write e.g. "10 Gbit/s"',
@@ -404,7 +425,7 @@ PLACEMENTS: dict[str, tuple[object, str]] = {
     ),
     "unknown expert": (
         [ROW] * 15 + [[*ROW[:-1], 64]],
-        "placement: layer 15, slot 63 holds expert 64; experts are numbered 0 to 63",
+        "placement: layer 15, slot 63 holds expert 64; experts are numbered 0 to 63, and -1 is an empty slot",
     ),
 }
 
