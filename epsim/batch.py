@@ -1,11 +1,11 @@
-"""One static batch from its trace rows to its records: `Deployment` and `simulate_batch`.
+"""One static batch from its trace rows to its records: `Deployment`, `step_inputs`, `run_steps`.
 
 A batch is prefilled in one step; the first output token of every request is there at its end. Each decode step then
 takes one token of every request that still has some. A step starts when the one before it has ended on all devices
 (and, after prefill, when the KV caches that move have arrived). Letters: T tokens, Q requests, L MoE layers, R devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,12 @@ import numpy.typing as npt
 from epsim.cluster import Cluster
 from epsim.cost import HomeWork
 from epsim.errors import TraceError
-from epsim.metrics import Phase, RequestRecord, StepRecord, TransferCounts
+from epsim.metrics import Phase, RequestRecord, StepRecord
 from epsim.model import ModelCard
 from epsim.parallelism import Layout
-from epsim.placement import Placement
 from epsim.sim import PARTS, Execution, Fidelity, ReplicaPlanner, StepPlanner, StepResult, simulate_step
 from epsim.trace import Modality, RoutingTrace, TraceSource, check_trace
-from epsim.traffic import TrafficCounter, count_remote
+from epsim.traffic import StepTraffic, TrafficCounter, count_remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,34 +49,63 @@ class BatchRecords:
     end_s: float
 
 
-def simulate_batch(
-    deployment: Deployment,
-    *,
-    batch: int,
-    request_ids: npt.NDArray[np.integer],
-    start_s: float,
-    max_output_tokens: int | None,
-    transfers: TransferCounts,
-    num_executions: int,
-    advance: Callable[[], None],
-) -> BatchRecords:
-    """Run one batch of requests that all arrive at start_s.
+@dataclass(frozen=True, kw_only=True)
+class StepInput:
+    """What a step is before any device or link has a speed: it follows from routing, placement and homes alone.
 
-    transfers: counts are added here. num_executions: of how many steps, from the first, to keep the execution (the
-    closed form has none). advance: is called after every step.
+    request_Q: indices of the requests in the batch that get a token. counts_M4: routed pairs and visits, all and remote
+    (`epsim.traffic.count_remote`). kv_tokens_RR: tokens whose KV cache moves after the step.
     """
+
+    step: int
+    num_tokens: int
+    request_Q: npt.NDArray[np.int64]
+    counts_M4: npt.NDArray[np.int64]
+    work: HomeWork
+    traffic: StepTraffic
+    kv_tokens_RR: npt.NDArray[np.int64]
+
+    @property
+    def phase(self) -> Phase:
+        return "prefill" if self.step == 0 else "decode"
+
+
+def step_inputs(
+    deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
+) -> Iterator[StepInput]:
+    """Yield the steps of one batch of requests: its prefill, then one decode step per further output token."""
     run = _BatchRun(deployment, request_ids, max_output_tokens)
+    for step in range(run.num_steps):
+        yield run.input(step)
+
+
+def run_steps(
+    inputs: Iterable[StepInput],
+    *,
+    planner: StepPlanner | ReplicaPlanner,
+    cluster: Cluster,
+    fidelity: Fidelity,
+    request_ids: npt.NDArray[np.integer],
+    batch: int = 0,
+    start_s: float = 0.0,
+    num_executions: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> BatchRecords:
+    """Simulate the steps of a batch whose requests all arrive at start_s, one after the other.
+
+    num_executions: of how many steps, from the first, to keep the execution (the closed form has none). advance: is
+    called after every step.
+    """
     token_times: list[list[float]] = [[] for _ in request_ids]
     executions: list[Execution] = []
     now_s, steps = start_s, []
-    for step in range(run.num_steps):
-        tokens = run.tokens(step)
-        transfers.add(tokens.phase, tokens.count_remote(deployment.layout.placement))
-        result, execution, pairs_LR = run.simulate(tokens)
-        if execution is not None and step < num_executions:
+    for given in inputs:
+        plan = planner.plan(given.work, given.traffic, given.kv_tokens_RR)
+        result, execution = simulate_step(plan, cluster, fidelity)
+        if execution is not None and given.step < num_executions:
             executions.append(execution)
-        steps.append(_record(batch, tokens, now_s, result, pairs_LR))
-        for q in np.unique(tokens.request_T):
+        steps.append(_record(batch, given, now_s, result, planner.served_pairs_LR(given.traffic)))
+        for q in given.request_Q:
             token_times[q].append(now_s + steps[-1].duration_s)
         now_s += steps[-1].duration_s + steps[-1].kv_exposed_s
         advance()
@@ -100,16 +128,6 @@ class _StepTokens:
     topk_expert_ids_TLK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     modality_T: npt.NDArray[np.uint8]
 
-    @property
-    def phase(self) -> Phase:
-        return "prefill" if self.step == 0 else "decode"
-
-    def count_remote(self, placement: Placement) -> npt.NDArray[np.int64]:
-        counts_M4: npt.NDArray[np.int64] = count_remote(
-            self.topk_expert_ids_TLK, self.home_T, self.modality_T, placement.device_of_expert_RLE
-        )
-        return counts_M4
-
 
 class _BatchRun:
     """A batch's rows of the trace and what follows from them for its steps."""
@@ -131,7 +149,7 @@ class _BatchRun:
         self._by_step_T = np.argsort(rows.step_T, kind="stable")
         self._bounds = np.searchsorted(rows.step_T[self._by_step_T], np.arange(self.num_steps + 1))
 
-    def tokens(self, step: int) -> _StepTokens:
+    def _tokens(self, step: int) -> _StepTokens:
         rows_T = self._by_step_T[self._bounds[step] : self._bounds[step + 1]]
         home_Q = self._homes.prefill_Q if step == 0 else self._homes.decode_Q
         rows_T = rows_T[np.argsort(home_Q[self._request_T[rows_T]], kind="stable")]
@@ -144,13 +162,24 @@ class _BatchRun:
             modality_T=self._rows.modality_T[rows_T],
         )
 
-    def simulate(self, tokens: _StepTokens) -> tuple[StepResult, Execution | None, npt.NDArray[np.int64]]:
-        """Return the step's result, its execution where there is one, and the pairs that each device served [L, R]."""
-        d = self._deployment
-        traffic = d.counter.count(tokens.topk_expert_ids_TLK, tokens.home_T)
-        work = self._prefill_work(tokens) if tokens.step == 0 else self._decode_work(tokens)
-        plan = d.planner.plan(work, traffic, self._moving_kv_tokens(tokens.step))
-        return *simulate_step(plan, d.cluster, d.fidelity), d.planner.served_pairs_LR(traffic)
+    def input(self, step: int) -> StepInput:
+        """Return what is known of a step before it runs."""
+        deployment, tokens = self._deployment, self._tokens(step)
+        counts_M4: npt.NDArray[np.int64] = count_remote(
+            tokens.topk_expert_ids_TLK,
+            tokens.home_T,
+            tokens.modality_T,
+            deployment.layout.placement.device_of_expert_RLE,
+        )
+        return StepInput(
+            step=step,
+            num_tokens=len(tokens.home_T),
+            request_Q=np.unique(tokens.request_T),
+            counts_M4=counts_M4,
+            work=self._prefill_work(tokens) if step == 0 else self._decode_work(tokens),
+            traffic=deployment.counter.count(tokens.topk_expert_ids_TLK, tokens.home_T),
+            kv_tokens_RR=self._moving_kv_tokens(step),
+        )
 
     def _per_device(self, home: npt.NDArray[np.int32], values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         totals_R = np.zeros(self._deployment.cluster.num_devices, dtype=np.int64)
@@ -167,6 +196,7 @@ class _BatchRun:
         return HomeWork(
             decode=False,
             tokens_R=tokens_R,
+            requests_R=self._per_device(home_Q, np.ones_like(prompt_Q)),
             kv_tokens_R=tokens_R,
             attention_pairs_R=self._per_device(home_Q, prompt_Q * (prompt_Q + 1) // 2),
             images_R=self._per_device(home_Q, images_Q),
@@ -180,6 +210,7 @@ class _BatchRun:
         return HomeWork(
             decode=True,
             tokens_R=tokens_R,
+            requests_R=tokens_R,
             kv_tokens_R=context_R,
             attention_pairs_R=context_R,
             images_R=np.zeros_like(tokens_R),
@@ -206,16 +237,16 @@ def _check_rows(rows: RoutingTrace, name: str) -> None:
 
 
 def _record(
-    batch: int, tokens: _StepTokens, now_s: float, result: StepResult, pairs_LR: npt.NDArray[np.int64]
+    batch: int, given: StepInput, now_s: float, result: StepResult, pairs_LR: npt.NDArray[np.int64]
 ) -> StepRecord:
     return StepRecord(
         batch=batch,
-        phase=tokens.phase,
-        step=tokens.step,
+        phase=given.phase,
+        step=given.step,
         start_s=now_s,
         duration_s=result.end_s,
         kv_exposed_s=max(0.0, result.kv_end_s - result.end_s),
-        num_tokens=len(tokens.home_T),
+        num_tokens=given.num_tokens,
         parts_s=dict(zip(PARTS, result.parts_s_PR, strict=True)),
         link_busy_s_X=result.link_busy_s_X,
         link_bytes_X=result.link_bytes_X,

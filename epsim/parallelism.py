@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim.cluster import Cluster
-from epsim.cost import MemoryAccount, RooflineCost, account_memory
+from epsim.cost import MemoryAccount, account_memory
 from epsim.errors import ScenarioError
 from epsim.model import ModelCard
 from epsim.placement import HomePlan, Placement, PlacementPolicy, PlacementProblem, balanced, by_modality
-from epsim.scenario.spec import AfdSpec, DpSpec, PdSpec, ScenarioSpec, TpSpec
-from epsim.sim import ReplicaPlanner, StepPlanner, Transmission
+from epsim.scenario.spec import AfdSpec, DpSpec, ParallelismSpec, PdSpec, ScenarioSpec, TpSpec
 
 Devices = npt.NDArray[np.int32]
 _WHY = {"tp": "every device holds a slice of every expert", "dp": "every device holds the whole model"}
@@ -46,14 +45,6 @@ class Layout:
     def devices_of(self, homes: Devices) -> list[int]:
         """Return the devices that work for requests with these homes, in order."""
         return [int(device) for device in np.flatnonzero(np.isin(self.leader_R, homes))]
-
-    def planner(self, cluster: Cluster, transmission: Transmission) -> StepPlanner | ReplicaPlanner:
-        """Return what plans the steps."""
-        cost = RooflineCost(self.card, cluster)
-        if self.kind not in _WHY:
-            return StepPlanner(self.card, cluster, cost, transmission)
-        vector_bytes = transmission.message_format.combine_vector_bytes
-        return ReplicaPlanner(self.card, cluster, cost, group_size=self.group_size, vector_bytes=vector_bytes)
 
     def account(
         self,
@@ -139,12 +130,20 @@ def _require_defaults(spec: ScenarioSpec) -> None:
                 )
 
 
+def group_size(chosen: ParallelismSpec, num_devices: int) -> int | None:
+    """Return how many devices share each layer of a replica; None where devices are no replicas."""
+    if isinstance(chosen, TpSpec):
+        return chosen.size or num_devices
+    return 1 if isinstance(chosen, DpSpec) else None
+
+
 def lay_out(spec: ScenarioSpec, model: ModelCard, policy: PlacementPolicy, problem: PlacementProblem) -> Layout:
     """Return the layout of a scenario that `check_parallelism` accepts; `policy` places the experts where it can."""
     num_devices, chosen = problem.num_devices, spec.parallelism
     match chosen:
         case TpSpec() | DpSpec():
-            size = (chosen.size or num_devices) if isinstance(chosen, TpSpec) else 1
+            size = group_size(chosen, num_devices)
+            assert size is not None
             return _replicas(chosen.kind, size, model.shard(size), problem)
         case AfdSpec():
             attention, experts = _split(num_devices, chosen.attention_devices)

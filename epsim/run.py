@@ -1,7 +1,7 @@
 """The composition root: a `ScenarioSpec` becomes domain objects (`assemble`), and these an `Outcome` (`simulate`)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim import __version__
-from epsim.batch import Deployment, simulate_batch
+from epsim.batch import Deployment, StepInput, run_steps, step_inputs
 from epsim.cluster import Cluster, build_cluster
-from epsim.cost import MemoryAccount
+from epsim.cost import MemoryAccount, RooflineCost
 from epsim.errors import TraceError
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
-from epsim.parallelism import Layout, check_parallelism, lay_out
+from epsim.parallelism import Layout, check_parallelism, group_size, lay_out
 from epsim.placement import POLICIES, PlacementProblem
 from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TraceSpec, TransmissionSpec, WorkloadSpec
-from epsim.sim import Transmission
+from epsim.sim import ReplicaPlanner, StepPlanner, Transmission
 from epsim.sim.slices import Slice, slices_of
 from epsim.trace import TraceSource
 from epsim.trace.statistics import expert_load
@@ -73,7 +73,7 @@ def assemble(spec: ScenarioSpec) -> Deployment:
         check_rows=isinstance(spec.trace, FileTraceSpec),
         layout=layout,
         counter=TrafficCounter(layout.placement, transmission.num_chunks),
-        planner=layout.planner(cluster, transmission),
+        planner=build_planner(spec, model, cluster),
         fidelity=spec.simulation.fidelity,
     )
 
@@ -84,6 +84,17 @@ def model_and_cluster(spec: ScenarioSpec) -> tuple[ModelCard, Cluster]:
     cluster = build_cluster(spec.cluster.model_dump())
     check_parallelism(spec, model, cluster.num_devices)
     return model, cluster
+
+
+def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> StepPlanner | ReplicaPlanner:
+    """Return what turns the steps of a scenario into plans: the only part that knows how fast devices are."""
+    transmission = build_transmission(spec, model)
+    size = group_size(spec.parallelism, cluster.num_devices)
+    if size is None:
+        return StepPlanner(model, cluster, RooflineCost(model, cluster), transmission)
+    card = model.shard(size)
+    vector_bytes = transmission.message_format.combine_vector_bytes
+    return ReplicaPlanner(card, cluster, RooflineCost(card, cluster), group_size=size, vector_bytes=vector_bytes)
 
 
 def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
@@ -226,6 +237,13 @@ def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
     }
 
 
+def _counted(inputs: Iterable[StepInput], transfers: TransferCounts) -> Iterator[StepInput]:
+    """Pass the steps on, and add what they route to `transfers`."""
+    for given in inputs:
+        transfers.add(given.phase, given.counts_M4)
+        yield given
+
+
 def _run_batch_size(
     deployment: Deployment, spec: ScenarioSpec, batch_size: int, outcome: Outcome, num_executions: int, advance: Advance
 ) -> dict[str, Any]:
@@ -234,13 +252,15 @@ def _run_batch_size(
     transfers, now_s = TransferCounts(), 0.0
     request_ids = deployment.trace.requests.request_id_Q
     for batch in range(spec.workload.num_batches):
-        records = simulate_batch(
-            deployment,
+        ids = request_ids[batch * batch_size : (batch + 1) * batch_size]
+        records = run_steps(
+            _counted(step_inputs(deployment, ids, spec.workload.max_output_tokens), transfers),
+            planner=deployment.planner,
+            cluster=deployment.cluster,
+            fidelity=deployment.fidelity,
+            request_ids=ids,
             batch=batch,
-            request_ids=request_ids[batch * batch_size : (batch + 1) * batch_size],
             start_s=now_s,
-            max_output_tokens=spec.workload.max_output_tokens,
-            transfers=transfers,
             num_executions=num_executions if batch == 0 else 0,
             advance=advance,
         )

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost": {"cluster", "model", "placement"},
     "sim": {"traffic", "cost", "cluster", "model"},
     "metrics": set(),
-    "parallelism": {"cluster", "cost", "model", "placement", "scenario", "sim"},
+    "parallelism": {"cluster", "cost", "model", "placement", "scenario"},
     "batch": {"cluster", "cost", "metrics", "model", "parallelism", "placement", "sim", "trace", "traffic"},
     "report": {"atomic", "metrics"},
     "scenario": set(),

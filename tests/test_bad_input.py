@@ -21,7 +21,7 @@ trace: {kind: uniform, vision_tokens: 2, text_tokens: 2, output_tokens: 2}
 workload: {batch_sizes: [1]}
 """
 KNOWN = "cluster, description, homes, model, name, parallelism, placement, simulation, trace, transmission, workload"
-MODELS = "deepseekmoe, dense-34b, dense-7b, mixtral, moonlight, olmoe, qwen3-moe"
+MODELS = "deepseekmoe, llama-3.2-3b, llava-1.5-7b, llava-next-34b, mixtral, moonlight, olmo-1b, olmoe, qwen3-moe"
 CLUSTERS = "a800-2x8, h100-2x8, h200-1x8, orin-2x-10gbe"
 Complaint = Callable[..., str]
 
@@ -152,7 +152,7 @@ VALUES = {
     'did you mean "olmoe"?',
     "cluster=laptop": f'cluster: "laptop" is not a preset; write one of {CLUSTERS}, or a path that ends in .yaml',
     "model=[]": "model: [] is not a mapping of fields; write e.g. {name: ...}",
-    "model=dense-7b": "model: LLaVA-1.5-7B has no MoE layers; write a model with experts, e.g. olmoe, "
+    "model=llava-1.5-7b": "model: LLaVA-1.5-7B has no MoE layers; write a model with experts, e.g. olmoe, "
     "or parallelism.kind: tp or dp",
     "placement=random": 'placement: "random" is not a mapping of fields; write e.g. {policy: random}',
     "placement={}": "placement.policy: is missing; write one of contiguous, file, modality_bins, random, round_robin",

@@ -267,3 +267,19 @@ def test_what_does_not_fit_is_refused_with_numbers() -> None:
 def test_what_fits_exactly_is_accepted() -> None:
     account = make_account()
     replace(account, usable_bytes_R=account.total_bytes_R).check(batch_size=3)
+
+
+def test_efficiency_rises_with_rows_up_to_one() -> None:
+    # 100 FLOP/s peak, half of it at 1024 rows, exponent 0.5: 256 rows reach 0.5 * 0.5 = 0.25, 4 * 1024 rows
+    # 0.5 * 2 = 1, and more rows no more. Dense FFN: 48 FLOPs a row; enough memory bandwidth not to matter.
+    cost = make_cost(efficiency_exponent=0.5, memory_bandwidth=1e9, launch_overhead=0.0)
+    for rows, efficiency in ((256, 0.25), (1024, 0.5), (4096, 1.0), (9000, 1.0)):
+        seconds = cost.dense_ffn_s_R(work(tokens_R=[rows, 0]))
+        assert seconds.tolist() == pytest.approx([rows * 48 / (100 * efficiency), 0.0])
+
+
+def test_every_request_adds_its_overhead_to_attention() -> None:
+    counts: dict[str, list[int] | bool] = {"tokens_R": [3, 0], "attention_pairs_R": [6, 0]}
+    without = make_cost().attention_s_R(work(**counts))
+    seconds = make_cost(request_overhead=0.5).attention_s_R(work(**counts, requests_R=[3, 0]))
+    assert (seconds - without).tolist() == pytest.approx([1.5, 0.0])

@@ -13,7 +13,8 @@ from epsim.errors import ScenarioError
 from epsim.model import GroupedQueryAttention, LatentAttention, ModelCard, Moe
 from epsim.scenario.model import ModelSpec
 
-PRESETS = ("olmoe", "deepseekmoe", "moonlight", "qwen3-moe", "mixtral", "dense-7b", "dense-34b")
+DENSE = ("olmo-1b", "llama-3.2-3b", "llava-1.5-7b", "llava-next-34b")
+PRESETS = ("olmoe", "deepseekmoe", "moonlight", "qwen3-moe", "mixtral", *DENSE)
 
 
 def load_values(preset: str) -> dict[str, Any]:
@@ -34,14 +35,17 @@ def cards() -> dict[str, ModelCard]:
 # Total: elements of the safetensors on the Hugging Face hub.
 # Active: Qwen3 model card "3.3B activated" (3,353,032,704 counted from its config); DeepSeekMoE report 2.8B
 # (2,828,650,496 counted); OLMoE "1B active" (1.3B in its report); Mixtral announcement 12.9B.
+# Dense VLMs: the language backbone alone.
 PUBLISHED_PARAMS = {
     "olmoe": (6_919_161_856, 1.3e9),
     "deepseekmoe": (16_375_728_128, 2_828_650_496),
     "moonlight": (15_960_111_936, None),
     "qwen3-moe": (30_532_122_624, 3_353_032_704),
     "mixtral": (46_702_792_704, 12.9e9),
-    "dense-7b": (6_738_415_616, 6_738_415_616),
-    "dense-34b": (34_388_917_248, 34_388_917_248),
+    "olmo-1b": (1_176_764_416, 1_176_764_416),
+    "llama-3.2-3b": (3_212_749_824, 3_212_749_824),
+    "llava-1.5-7b": (6_738_415_616, 6_738_415_616),
+    "llava-next-34b": (34_388_917_248, 34_388_917_248),
 }
 
 
@@ -49,8 +53,8 @@ PUBLISHED_PARAMS = {
 def test_params_match_the_published_checkpoint(cards: dict[str, ModelCard], preset: str) -> None:
     card = cards[preset]
     total, active = PUBLISHED_PARAMS[preset]
-    # What a card leaves out (norms, the correction bias) is at most 1e-4 of the model.
-    assert 0 < total - card.num_params < 1e-4 * total
+    # What a card leaves out (norms, the correction bias) is at most 1e-4 of the model; OLMo-1B has neither.
+    assert 0 <= total - card.num_params < 1e-4 * total
     if active is not None:
         assert card.num_active_params == pytest.approx(active, rel=0.03)
 
@@ -58,6 +62,30 @@ def test_params_match_the_published_checkpoint(cards: dict[str, ModelCard], pres
 def test_olmoe_lacks_exactly_its_norms(cards: dict[str, ModelCard]) -> None:
     # 16 layers * (2 layer norms + q norm + k norm) * 2048 + final norm 2048 = 133,120.
     assert 6_919_161_856 - cards["olmoe"].num_params == 16 * 4 * 2048 + 2048
+
+
+def test_dense_backbones_lack_exactly_their_norms(cards: dict[str, ModelCard]) -> None:
+    # Two norms a layer and a last one, as wide as the hidden vector; OLMo-1B's have no weights.
+    assert cards["olmo-1b"].num_params == 1_176_764_416
+    assert 3_212_749_824 - cards["llama-3.2-3b"].num_params == (2 * 28 + 1) * 3072
+    assert 6_738_415_616 - cards["llava-1.5-7b"].num_params == (2 * 32 + 1) * 4096
+    assert 34_388_917_248 - cards["llava-next-34b"].num_params == (2 * 60 + 1) * 7168
+
+
+# Backbone, encoder and projector together. LLaVA-1.5: elements of llava-hf/llava-1.5-7b-hf. LLaVA-NeXT: the eight
+# files of PerRing/llava-v1.6-34b-hf, 9.98 + 9.75 + 9.94 + 9.91 + 9.75 + 9.75 + 9.51 + 0.918 GB, at 2 bytes each.
+PUBLISHED_VLM_PARAMS = {"llava-1.5-7b": 7_063_427_072, "llava-next-34b": 34.754e9}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_VLM_PARAMS)
+def test_whole_vlm_matches_the_published_checkpoint(cards: dict[str, ModelCard], preset: str) -> None:
+    vision = cards[preset].vision
+    assert vision is not None
+    whole = cards[preset].num_params + vision.num_params
+    # Left out: norms and biases of the encoder, and the tokens that conversion added to the vocabulary.
+    assert whole == pytest.approx(PUBLISHED_VLM_PARAMS[preset], rel=1e-3)
+    docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert f"`{preset}` {whole / 1e9:.2f} ({PUBLISHED_VLM_PARAMS[preset] / 1e9:.2f} published)" in docs
 
 
 def test_moonlight_matches_its_model_card_without_embeddings(cards: dict[str, ModelCard]) -> None:
@@ -72,7 +100,7 @@ def test_moonlight_matches_its_model_card_without_embeddings(cards: dict[str, Mo
     ("preset", "kv_bytes"),
     [
         ("olmoe", 8192),  # MHA: key and value * 16 heads * 128 * 2 bytes
-        ("dense-7b", 16_384),  # MHA: 2 * 32 * 128 * 2
+        ("llava-1.5-7b", 16_384),  # MHA: 2 * 32 * 128 * 2
         ("qwen3-moe", 2048),  # GQA: 2 * 4 * 128 * 2
         ("mixtral", 4096),  # GQA: 2 * 8 * 128 * 2
         ("moonlight", 1152),  # MLA: (512 latent + 64 rotary) * 2
@@ -88,7 +116,7 @@ def test_kv_bytes_per_token_and_layer(cards: dict[str, ModelCard], preset: str, 
         ("olmoe", tuple(range(16))),
         ("deepseekmoe", tuple(range(1, 28))),  # first_k_dense_replace 1
         ("moonlight", tuple(range(1, 27))),
-        ("dense-7b", ()),
+        ("llava-1.5-7b", ()),
     ],
 )
 def test_moe_layer_ids_are_the_real_ones(cards: dict[str, ModelCard], preset: str, layer_ids: tuple[int, ...]) -> None:
@@ -135,10 +163,39 @@ def test_query_rank_splits_the_projection() -> None:
 
 
 def test_dense_model_has_no_experts(cards: dict[str, ModelCard]) -> None:
-    card = cards["dense-34b"]
+    card = cards["llava-next-34b"]
     assert (card.num_experts, card.topk, card.expert_bytes, card.router_bytes) == (0, 0, 0, 0)
     assert card.dense_ffn_flops_per_token == 2 * 3 * 7168 * 20_480
     assert card.num_params == card.num_active_params
+
+
+def num_weights_per_token(card: ModelCard) -> float:
+    """Active parameters without an embedding table of its own, of which a token reads one row."""
+    return card.num_active_params - card.embedding_bytes / card.weight_dtype_bytes
+
+
+def test_olmo_is_olmoe_with_eight_experts_fused(cards: dict[str, ModelCard]) -> None:
+    dense, moe = cards["olmo-1b"], cards["olmoe"]
+    assert dense.attention == moe.attention
+    assert dense.vision == moe.vision
+    assert dense.dense_ffn_bytes == 8 * moe.expert_bytes
+    # What a token passes in OLMoE and not in OLMo-1B: 16 routers of 64 x 2048.
+    assert num_weights_per_token(moe) - num_weights_per_token(dense) == 16 * 64 * 2048
+    # OLMo-1B-0724 has a second table of 50,304 x 2048.
+    assert replace(dense, tie_embeddings=False).num_params == 1_279_787_008
+
+
+def test_llama_is_chosen_over_qwen25_for_qwen3(cards: dict[str, ModelCard]) -> None:
+    # Qwen/Qwen2.5-3B config.json; published 3,085,938,688 with 73 norms of 2048 and 36 biases of 2048 + 2 * 256.
+    moe, llama = cards["qwen3-moe"], cards["llama-3.2-3b"]
+    attention = GroupedQueryAttention(num_heads=16, num_kv_heads=2, head_dim=128)
+    qwen25 = replace(moe, num_layers=36, attention=attention, moe=None, dense_ffn_size=11_008, tie_embeddings=True)
+    assert 3_085_938_688 - qwen25.num_params == 73 * 2048 + 36 * (2048 + 2 * 256)
+    # Active: 3.353 against 3.213 and 3.086; KV bytes per token: 98,304 against 114,688 and 36,864.
+    assert qwen25.num_params < llama.num_params < moe.num_active_params
+    assert qwen25.num_params / moe.num_active_params == pytest.approx(0.920, abs=5e-4)
+    kv_bytes = [card.num_layers * card.kv_bytes_per_token for card in (moe, llama, qwen25)]
+    assert kv_bytes == [98_304, 114_688, 36_864]
 
 
 def test_clip_encoder_against_open_clip(cards: dict[str, ModelCard]) -> None:
@@ -325,6 +382,36 @@ def table_row(preset: str, card: ModelCard) -> str:
 def test_docs_table_comes_from_the_code(cards: dict[str, ModelCard], preset: str) -> None:
     docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     assert table_row(preset, cards[preset]) in docs
+
+
+# Dense card, the MoE card that it stands beside, and the size that the two share.
+COUNTERPARTS = (
+    ("llava-1.5-7b", "olmoe", "total"),
+    ("olmo-1b", "olmoe", "active"),
+    ("llava-next-34b", "qwen3-moe", "total"),
+    ("llama-3.2-3b", "qwen3-moe", "active"),
+)
+
+
+@pytest.mark.parametrize(("dense_name", "moe_name", "size"), COUNTERPARTS)
+def test_docs_table_of_dense_models(cards: dict[str, ModelCard], dense_name: str, moe_name: str, size: str) -> None:
+    dense, moe = cards[dense_name], cards[moe_name]
+    published, _ = PUBLISHED_PARAMS[dense_name]
+    assert dense.num_params == pytest.approx(published, rel=0.01)
+    matched = moe.num_params if size == "total" else moe.num_active_params
+    kv_kb, moe_kv_kb = (card.num_layers * card.kv_bytes_per_token / 1e3 for card in (dense, moe))
+    cells = (
+        f"`{dense_name}`",
+        f"{dense.num_params / 1e9:.3f}",
+        f"{published / 1e9:.3f}",
+        f"`{moe_name}`, {size}",
+        f"{matched / 1e9:.3f}",
+        f"{100 * (dense.num_params / matched - 1):+.1f} %",
+        f"{num_weights_per_token(dense) / 1e9:.3f} / {num_weights_per_token(moe) / 1e9:.3f}",
+        f"{kv_kb:.1f} / {moe_kv_kb:.1f}",
+    )
+    docs = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(cells)} |" in docs
 
 
 def test_docs_example_card_is_valid() -> None:

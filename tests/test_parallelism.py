@@ -36,16 +36,14 @@ MODEL: dict[str, Any] = {
 DENSE = {**{name: value for name, value in MODEL.items() if name != "moe"}, "name": "dense"}
 
 
-def cluster(num_devices: int, num_nodes: int = 1, **changes: str) -> dict[str, Any]:
+def cluster(num_devices: int, **changes: str | float) -> dict[str, Any]:
     """A link of 240 B/s between every two devices; 1000 FLOP/s, and memory too fast to count."""
     kind = {"memory": "1 GB", "memory_bandwidth": "1 TB/s", "flops": {"bf16": "1000 FLOP/s"}, **changes}
     pairs = [(a, b) for a in range(num_devices) for b in range(a + 1, num_devices)]
     return {
         "name": "mesh",
         "device_types": {"t": kind},
-        "devices": [
-            {"name": f"d{r}", "type": "t", "node": f"n{r * num_nodes // num_devices}"} for r in range(num_devices)
-        ],
+        "devices": [{"name": f"d{r}", "type": "t", "node": "n"} for r in range(num_devices)],
         "links": [{"from": f"d{a}", "to": f"d{b}", "bandwidth": "240 B/s"} for a, b in pairs],
     }
 
@@ -182,6 +180,18 @@ def test_tensor_parallel_prefill_by_hand() -> None:
     assert parts == {name: pytest.approx(s) for name, s in expected.items()}
 
 
+def test_host_and_barriers_of_tensor_parallelism_by_hand() -> None:
+    # As above. A barrier slowdown of 0.5 stretches what is computed by half. A host that needs 10 s for a layer, 5 s for
+    # its attention and 5 s for its FFN, hides all but the head.
+    def ttft_s(**changes: Any) -> float:
+        machine = cluster(2, **changes)
+        size = size_of({"kind": "tp"}, 2, model=DENSE, cluster=machine, workload={"batch_sizes": [1]})
+        return float(size["ttft_s"]["mean"])
+
+    assert ttft_s(barrier_slowdown=0.5) == pytest.approx(1.5 * 2.552 + 1.2)
+    assert ttft_s(layer_overhead="10 s") == pytest.approx(3 * 10 + 0.032)
+
+
 def test_experts_of_a_replica_are_computed_at_home() -> None:
     # One token's decode step on one device: 2 routed experts of 48 FLOPs, a shared one of 48, in 2 layers.
     size = size_of({"kind": "dp"}, 1, workload={"batch_sizes": [1]})
@@ -229,9 +239,12 @@ def test_replicas_of_equal_requests_take_the_time_of_one() -> None:
         assert together[metric] == alone[metric]
     assert together["output_tokens_per_s"] == pytest.approx(4 * alone["output_tokens_per_s"])
     # One device is one device: expert parallelism has nobody to send to.
-    for metric in ("ttft_s", "tpot_s", "e2e_s"):
-        ep = size_of(KINDS["ep"], 1, model=model, workload={"batch_sizes": [1]})
-        assert ep[metric] == pytest.approx(alone[metric])
+    slow = {"layer_overhead": "1.1 s", "request_overhead": "50 ms", "launch_overhead": "20 ms"}
+    for changes in ({}, slow):
+        one = {"model": model, "cluster": cluster(1, **changes), "workload": {"batch_sizes": [1]}}
+        ep, dp = (size_of(KINDS[kind], 1, **one) for kind in ("ep", "dp"))
+        for metric in ("ttft_s", "tpot_s", "e2e_s"):
+            assert ep[metric] == pytest.approx(dp[metric])
 
 
 def test_groups_of_one_are_data_parallel() -> None:

@@ -237,7 +237,7 @@ def test_a_file_that_breaks_an_invariant_is_refused(tmp_path: Path) -> None:
 def test_requests_of_different_lengths(tmp_path: Path) -> None:
     # Prompts of 5, 6, 7 tokens and 1, 4, 0 decode tokens, balanced on two devices: requests 0 and 2 live on device 0,
     # request 1 on device 1. Rows are shuffled and ids are not consecutive, as a capture may leave them.
-    from epsim.batch import _BatchRun
+    from epsim.batch import step_inputs
     from epsim.run import assemble
     from epsim.trace import TraceMeta, synthetic
     from epsim.trace.file import TraceWriter
@@ -259,14 +259,12 @@ def test_requests_of_different_lengths(tmp_path: Path) -> None:
         writer.write(shuffled)
     spec = scenario(trace=str(tmp_path / "mixed.arrow"), workload={"batch_sizes": [3]})
 
-    run = _BatchRun(assemble(spec), np.array([3, 13, 23]), None)
-    prefill = run._prefill_work(run.tokens(0))
+    prefill, *decode = (given.work for given in step_inputs(assemble(spec), np.array([3, 13, 23]), None))
     assert prefill.tokens_R.tolist() == [12, 6]
     assert prefill.attention_pairs_R.tolist() == [15 + 28, 21]  # n (n + 1) / 2
     assert prefill.outputs_R.tolist() == [2, 1]
     # Step s attends to its prompt and s output tokens: request 0 to 6 at step 1 only, request 1 to 7, 8, 9, 10.
-    contexts = [run._decode_work(run.tokens(step)).kv_tokens_R.tolist() for step in range(1, run.num_steps)]
-    assert contexts == [[6, 7], [0, 8], [0, 9], [0, 10]]
+    assert [work.kv_tokens_R.tolist() for work in decode] == [[6, 7], [0, 8], [0, 9], [0, 10]]
 
     outcome = simulate(spec)
     steps = outcome.steps[3]

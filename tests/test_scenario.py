@@ -354,3 +354,38 @@ def test_the_line_that_the_demo_scenario_offers_can_be_taken_in(tmp_path: Path) 
     (tmp_path / "s.yaml").write_text(f"{head}\n{offered.replace('#', ' ')}\n", encoding="utf-8")
     assert load_scenario(tmp_path / "s.yaml").cluster.links[0].bandwidth == 25e9 / 8
     assert load_scenario(ROOT / "scenarios" / "orin-2x-olmoe.yaml").cluster.links[0].bandwidth == 9.41e9 / 8
+
+
+# Device types by name or file.
+
+
+def test_a_device_type_may_be_a_file(tmp_path: Path) -> None:
+    fields = "{memory: 32 GB, memory_bandwidth: 100 GB/s, flops: {bf16: 10 TFLOP/s}, layer_overhead: 5 ms}"
+    (tmp_path / "devices").mkdir()
+    (tmp_path / "devices" / "mine.yaml").write_text(fields)
+    lines = ["name: x", "model: olmoe", "cluster: orin-2x-10gbe", "trace: {kind: uniform}"]
+    scenario = tmp_path / "scenario.yaml"
+    scenario.write_text("\n".join([*lines, "overrides: {cluster.device_types.orin: devices/mine.yaml}"]))
+    device = load_scenario(scenario).cluster.device_types["orin"]
+    assert (device.memory, device.layer_overhead) == (32e9, 0.005)
+    # One of its fields, changed through the name.
+    changed = load_scenario(scenario, ["cluster.device_types.orin.layer_overhead=7 ms"]).cluster.device_types["orin"]
+    assert (changed.memory, changed.layer_overhead) == (32e9, 0.007)
+    # In a cluster file the path is relative to that file; on the command line to the working directory.
+    shown = load_scenario(scenario).cluster.model_dump(mode="json", by_alias=True)
+    (tmp_path / "devices" / "cluster.yaml").write_text(yaml.safe_dump({**shown, "device_types": {"orin": "mine.yaml"}}))
+    scenario.write_text("\n".join([*lines, "overrides: {cluster: devices/cluster.yaml}"]))
+    assert load_scenario(scenario).cluster.device_types["orin"] == device
+    here = [f"cluster.device_types.orin={tmp_path}/devices/mine.yaml"]
+    assert load_scenario(scenario, here).cluster.device_types["orin"] == device
+
+
+def test_an_unknown_device_type_is_one_line(tmp_path: Path) -> None:
+    scenario = tmp_path / "scenario.yaml"
+    scenario.write_text("name: x\nmodel: olmoe\ncluster: orin-2x-10gbe\ntrace: {kind: uniform}\n")
+    for overrides in (["cluster.device_types.orin=orion"], ["cluster.device_types.orin=orion", MEMORY]):
+        with pytest.raises(ScenarioError, match=r'^cluster\.device_types\.orin: "orion" is not a preset; write one of'):
+            load_scenario(scenario, overrides)
+
+
+MEMORY = "cluster.device_types.orin.memory=32 GB"

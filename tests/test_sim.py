@@ -87,8 +87,8 @@ def make_plan(mode: Mode, num_devices: int = 2, **changes: Any) -> StepPlan:
     """Return a plan of one layer and one chunk without durations and bytes; `changes` replace fields."""
     r = num_devices
     vectors = {name: np.zeros(r) for name in ("vision_s_R", "head_s_R")}
-    by_layer = ("attention_s_LR", "dense_ffn_s_LR", "router_s_LR", "shared_s_LR", "home_experts_s_LR", "experts_s_LR")
-    by_layer += ("local_s_LR",)
+    by_layer = ("attention_s_LR", "dense_ffn_s_LR", "router_s_LR", "home_experts_s_LR", "shared_s_LR", "host_s_LR")
+    by_layer += ("copy_s_LR", "experts_s_LR", "local_s_LR")
     per_layer = {name: np.zeros((1, r)) for name in by_layer}
     by_pair = ("remote_s_LCRR", "dispatch_bytes_LCRR", "combine_bytes_LCRR")
     per_pair = {name: np.zeros((1, 1, r, r)) for name in by_pair}
@@ -111,6 +111,46 @@ def make_plan(mode: Mode, num_devices: int = 2, **changes: Any) -> StepPlan:
 
 def two_devices(bandwidth: float = 10.0, latency: float = 0.5, **link_changes: Any) -> Cluster:
     return make_cluster([device_type()] * 2, [link("d0", "d1", bandwidth, latency, **link_changes)])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_a_layer_takes_as_long_as_its_host_needs(fidelity: Fidelity, mode: Mode) -> None:
+    # Device 0 computes 1 s and device 1 2 s in each of two layers. Host 0 needs 5 s for layer 0 and 1 s for layer 1,
+    # host 1 3 s and 1 s. Alone, device 0 is done with layer 0 at 5 and with layer 1 at 6, device 1 at 3 and 5: async.
+    # In mode sync a layer's barriers wait for both: fronts start at 0 in layer 0 (barrier at 2) and in layer 1 at 5 and
+    # 3 (barrier at 6). No host holds the heads up.
+    plan = make_plan(
+        mode,
+        attention_s_LR=[[1.0, 2.0], [1.0, 2.0]], host_s_LR=[[5.0, 3.0], [1.0, 1.0]], head_s_R=[0.0, 0.0],
+        **{name: np.zeros((2, 2)) for name in ("dense_ffn_s_LR", "router_s_LR", "home_experts_s_LR", "shared_s_LR",
+                                               "copy_s_LR", "experts_s_LR", "local_s_LR")},
+        **{name: np.zeros((2, 1, 2, 2)) for name in ("remote_s_LCRR", "dispatch_bytes_LCRR", "combine_bytes_LCRR")},
+        **{name: np.zeros((2, 1, 2, 1)) for name in ("node_dispatch_bytes_LCRN", "node_combine_bytes_LCRN")},
+        kv_bytes_LRR=np.zeros((2, 2, 2)),
+    )  # fmt: skip
+    result, _ = simulate_step(plan, two_devices(), fidelity)
+    assert result.end_s == pytest.approx(6.0)
+    assert parts_of(result, 0) == {"attention": 2.0, "host": 4.0 if mode == "async" else 3.0} | (
+        {} if mode == "async" else {"waiting": 1.0}
+    )
+    assert parts_of(result, 1) == {"attention": 4.0, "host": 1.0, "waiting": 1.0}
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_copies_come_before_local_experts(fidelity: Fidelity) -> None:
+    # Front 1 s; the message of 20 bytes takes 2.5 s: there at 3.5, computed until 5.5, back (10 bytes) at 7.
+    # Device 0: copies until 3, local experts until 4.
+    plan = make_plan(
+        "async",
+        attention_s_LR=[[1.0, 0.0]], copy_s_LR=[[2.0, 0.0]], local_s_LR=[[1.0, 0.0]],
+        remote_s_LCRR=[[[[0.0, 2.0], [0.0, 0.0]]]],
+        dispatch_bytes_LCRR=[[[[0.0, 20.0], [0.0, 0.0]]]],
+        combine_bytes_LCRR=[[[[0.0, 10.0], [0.0, 0.0]]]],
+    )  # fmt: skip
+    result, _ = simulate_step(plan, two_devices(), fidelity)
+    assert result.end_s == pytest.approx(7.0)
+    assert parts_of(result, 0) == {"attention": 1.0, "copy": 2.0, "experts": 1.0, "combine": 3.0}
 
 
 @pytest.mark.parametrize("fidelity", FIDELITIES)
@@ -240,8 +280,8 @@ def test_planner_by_hand() -> None:
     traffic = TrafficCounter(placement).count(ids_TLK, np.zeros(3, np.int32))
     counts = np.array([3, 0, 0])
     work = HomeWork(
-        decode=False, tokens_R=counts, kv_tokens_R=0 * counts, attention_pairs_R=2 * counts, images_R=0 * counts,
-        outputs_R=counts,
+        decode=False, tokens_R=counts, requests_R=counts, kv_tokens_R=0 * counts, attention_pairs_R=2 * counts,
+        images_R=0 * counts, outputs_R=counts,
     )  # fmt: skip
     form = MessageFormat(dispatch_vector_bytes=10.0, combine_vector_bytes=4.0, pair_bytes=1.0)
     kv_tokens_RR = np.array([[5, 2, 0], [0, 0, 0], [0, 0, 0]])
@@ -267,7 +307,9 @@ def test_planner_by_hand() -> None:
     assert plan.local_s_LR[0].tolist() == pytest.approx([4, 0, 0])
     # Remote: 1 pair on 1 expert, 12 + 8 bytes; 3 pairs on 2 experts, 24 + 24 bytes.
     assert plan.remote_s_LCRR[0, 0, 0].tolist() == pytest.approx([0, 2, 4.8])
-    assert plan.experts_s_LR[0].tolist() == pytest.approx([4, 2, 4.8])
+    sync = Transmission(mode="sync", dedup="none", num_chunks=1, message_format=form, overlap_kv=True)
+    together = StepPlanner(model, cluster, RooflineCost(model, cluster), sync).plan(work, traffic, kv_tokens_RR)
+    assert together.experts_s_LR[0].tolist() == pytest.approx([4, 2, 4.8])
     # Two cached tokens move to device 1 (the five that stay do not): 2 * 4 bytes for the MoE layer and the dense one.
     assert plan.kv_bytes_LRR[0].tolist() == [[0, 16, 0], [0, 0, 0], [0, 0, 0]]
 
@@ -289,8 +331,8 @@ def test_async_decode_can_lose_by_reading_weights_twice() -> None:
     )
     counts = np.array([2, 2])
     work = HomeWork(
-        decode=True, tokens_R=counts, kv_tokens_R=9 * counts, attention_pairs_R=9 * counts, images_R=0 * counts,
-        outputs_R=counts,
+        decode=True, tokens_R=counts, requests_R=counts, kv_tokens_R=9 * counts, attention_pairs_R=9 * counts,
+        images_R=0 * counts, outputs_R=counts,
     )  # fmt: skip
     form = MessageFormat(dispatch_vector_bytes=4.0, combine_vector_bytes=4.0, pair_bytes=0.0)
     end_s = {}

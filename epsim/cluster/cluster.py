@@ -36,8 +36,14 @@ class Device:
         type_name: Key of its device type in the YAML.
         memory_bytes, memory_usable_frac: Capacity, and the part of it that weights and KV cache may fill.
         memory_bytes_per_s, memory_efficiency_frac: Peak bandwidth, and the part of it that kernels reach.
-        flops_per_s, compute_efficiency_frac: Dense peak rate per dtype ("bf16" always), and the part reached.
+        flops_per_s, compute_efficiency_frac: Dense peak rate per dtype ("bf16" always), and the part reached by
+            a kernel of 1024 rows (tokens). efficiency_exponent: the part grows with rows^exponent, up to 1.
         launch_overhead_s: Time per launched operator. expert_overhead_s: time per activated expert and layer.
+        layer_overhead_s: The least that a layer takes, because the host launches its operators one by one.
+        request_overhead_s: Time per request and layer, at the request's home.
+        barrier_slowdown_frac: In mode sync, by what share a barrier stretches the work in front of it (stragglers).
+        transfer_overlap_frac: In mode async, the share of a transfer that runs beside this device's kernels; the
+            rest is taken from its compute.
         staging_bytes_per_s: Bandwidth of the copy between device and host that every message of this device
             takes, or None where the network reaches device memory itself.
         staging_message_overhead_s: Time per message of that copy.
@@ -54,9 +60,14 @@ class Device:
     memory_bytes_per_s: float
     flops_per_s: Mapping[str, float]
     compute_efficiency_frac: float
+    efficiency_exponent: float
     memory_efficiency_frac: float
     launch_overhead_s: float
+    layer_overhead_s: float
+    request_overhead_s: float
     expert_overhead_s: float
+    barrier_slowdown_frac: float
+    transfer_overlap_frac: float
     staging_bytes_per_s: float | None
     staging_message_overhead_s: float
 
@@ -70,8 +81,11 @@ class Device:
         for name in ("memory_usable_frac", "compute_efficiency_frac", "memory_efficiency_frac"):
             frac = getattr(self, name)
             _require(0 < frac <= 1, f"{path}.{name}", frac, "must be above 0 and at most 1")
-        overheads = ("launch_overhead_s", "expert_overhead_s", "staging_message_overhead_s")
-        _require_at_least_0(self, path, overheads)
+        for name in ("efficiency_exponent", "transfer_overlap_frac"):
+            share = getattr(self, name)
+            _require(0 <= share <= 1, f"{path}.{name}", share, "must be from 0 to 1")
+        overheads = ("launch_overhead_s", "layer_overhead_s", "request_overhead_s", "expert_overhead_s")
+        _require_at_least_0(self, path, (*overheads, "barrier_slowdown_frac", "staging_message_overhead_s"))
         staging = self.staging_bytes_per_s
         _require(staging is None or staging > 0, f"{path}.staging_bytes_per_s", staging, "must be above 0")
 

@@ -1,7 +1,7 @@
 """Timelines for Perfetto (ui.perfetto.dev) and chrome://tracing: `timeline` makes the JSON object of a run's slices.
 
-A process per device; threads compute, tx and rx (more than one of the latter where messages overlap); flow arrows from
-each message's departure to its arrival. Times in microseconds, as the format wants.
+A process per device; threads compute, host, tx and rx (more than one of the latter where messages overlap); flow
+arrows from each message's departure to its arrival. Times in microseconds, as the format wants.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ class TimelineSlice(Protocol):
     @property
     def device(self) -> int: ...
     @property
-    def track(self) -> Literal["compute", "tx", "rx"]: ...
+    def track(self) -> Literal["compute", "host", "tx", "rx"]: ...
     @property
     def name(self) -> str: ...
     @property
@@ -31,7 +31,7 @@ class TimelineSlice(Protocol):
     def message_id(self) -> str: ...
 
 
-_FIRST_LANE = {"compute": 0, "tx": 100, "rx": 200}
+_FIRST_LANE = {"compute": 0, "host": 50, "tx": 100, "rx": 200}
 
 
 def timeline(slices: Iterable[TimelineSlice], device_names: Sequence[str], trace_origin: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def timeline(slices: Iterable[TimelineSlice], device_names: Sequence[str], trace
                 "args": {key: value for key, value in arguments.items() if value is not None},
             }
         )
-        if piece.track != "compute":
+        if piece.message_id:
             events.append(_arrow_end(piece, place))
     return {
         "traceEvents": [*_names(lanes, device_names), *events],

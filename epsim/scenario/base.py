@@ -43,5 +43,6 @@ Size = Annotated[float, _parser(units.SIZE, 1.0, 1e18), _writer(units.SIZE)]  # 
 FlopRate = Annotated[float, _parser(units.FLOP_RATE, 1.0, 1e21), _writer(units.FLOP_RATE)]  # FLOP/s
 Time = Annotated[float, _parser(units.TIME, 0.0, 1e6), _writer(units.TIME)]  # s
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]

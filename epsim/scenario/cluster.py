@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from epsim.scenario.base import FlopRate, Fraction, PositiveInt, Rate, Size, StrictModel, Time
+from epsim.scenario.base import FlopRate, Fraction, PositiveInt, Rate, Share, Size, StrictModel, Time
 
 _Name = Annotated[str, StringConstraints(min_length=1)]
 _Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -45,16 +45,21 @@ class StagingSpec(StrictModel):
 
 
 class DeviceTypeSpec(StrictModel):
-    """What devices of one type have in common: data-sheet peaks, and the parts of them that are reached."""
+    """What devices of one type have in common: data-sheet peaks, the parts of them that are reached, host overheads."""
 
     memory: Size
     memory_bandwidth: Rate
     flops: Annotated[dict[str, FlopRate], AfterValidator(_has_bf16)]
     compute_efficiency: Fraction = 1.0
+    efficiency_exponent: Share = 0.0
     memory_efficiency: Fraction = 1.0
     memory_usable: Fraction = 1.0
     launch_overhead: Time = 0.0
+    layer_overhead: Time = 0.0
+    request_overhead: Time = 0.0
     expert_overhead: Time = 0.0
+    barrier_slowdown: Annotated[float, Field(ge=0, le=10)] = 0.0
+    transfer_overlap: Share = 1.0
     staging: StagingSpec | None = None
 
 

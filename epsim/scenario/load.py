@@ -1,7 +1,7 @@
 """From a scenario file and `--set` overrides to a checked `ScenarioSpec` (`load_scenario`).
 
-Names of presets and files of models and clusters are replaced by what they hold. A path inside a YAML file is relative
-to that file, a path in an override of the command line to the working directory.
+Names of presets and files of models, clusters and device types are replaced by what they hold. A path inside a YAML
+file is relative to that file, a path in an override of the command line to the working directory.
 """
 
 import re
@@ -17,10 +17,13 @@ from epsim.scenario.describe import closest, describe, join, show
 from epsim.scenario.spec import ScenarioSpec
 from epsim.scenario.yaml_text import parse_yaml
 
-_PRESET_FOLDERS = {"model": "models", "cluster": "clusters"}
+_PRESET_FOLDERS = {"model": "models", "cluster": "clusters", "device_types": "devices"}
+_SECTIONS = ("model", "cluster")
 _SWITCHES = ("parallelism.kind", "placement.policy", "trace.kind")
 _PATHS = ("trace.path", "placement.path")
 _SYNTHETIC_KINDS = ("uniform", "zipf", "published")
+_HOLDERS = ("trace", "placement", "cluster", "cluster.device_types")  # sections in which paths may stand
+_DEVICE_TYPE = re.compile(r"cluster\.device_types\.[^.]+")
 _STEP = r"[^.\[\]]+"
 _TARGET = re.compile(rf"{_STEP}(\.{_STEP}|\[{_STEP}\])*")
 
@@ -53,9 +56,10 @@ def load_raw(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 def check_scenario(raw: dict[str, Any]) -> ScenarioSpec:
     """Return the spec of a raw mapping (presets may still be names), or raise ScenarioError."""
-    for section in _PRESET_FOLDERS:
+    for section in _SECTIONS:
         if isinstance(raw.get(section), str):
-            raw[section] = _load_section(section, raw[section])
+            raw[section] = _load_preset(section, raw[section], section)
+    _load_device_types(raw.get("cluster"))
     if isinstance(raw.get("trace"), str):
         path = Path(raw["trace"])
         if path.name in _SYNTHETIC_KINDS and not path.exists():
@@ -72,15 +76,18 @@ def check_scenario(raw: dict[str, Any]) -> ScenarioSpec:
 def scenario_schema() -> dict[str, Any]:
     """Return the JSON schema of a scenario file, with what `load_raw` and `check_scenario` accept beside the spec."""
     schema = ScenarioSpec.model_json_schema()
-    for section in (*_PRESET_FOLDERS, "trace"):
+    for section in (*_SECTIONS, "trace"):
         known = {"examples": preset_names(section)} if section in _PRESET_FOLDERS else {}
         schema["properties"][section] = {"anyOf": [{"type": "string", **known}, schema["properties"][section]]}
+    device_types = schema["$defs"]["ClusterSpec"]["properties"]["device_types"]
+    named = {"type": "string", "examples": preset_names("device_types")}
+    device_types["additionalProperties"] = {"anyOf": [named, device_types["additionalProperties"]]}
     schema["properties"]["overrides"] = {"anyOf": [{"type": "object"}, {"type": "null"}]}
     return schema
 
 
 def preset_names(section: str) -> list[str]:
-    """Return the names of the shipped presets of "model" or "cluster"."""
+    """Return the names of the shipped presets of "model", "cluster" or "device_types"."""
     folder = files("epsim") / "presets" / _PRESET_FOLDERS[section]
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -118,8 +125,11 @@ def apply_override(raw: dict[str, Any], target: str, value: Any, origin: str = "
     holder: Any = raw
     for depth, step in enumerate(steps[:-1]):
         key = _find(holder, steps[: depth + 1], where)
-        if depth == 0 and step in _PRESET_FOLDERS and isinstance(holder.get(key), str):
-            holder[key] = _load_section(step, holder[key])
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            if depth == 0 and step in _SECTIONS:
+                holder[key] = _load_preset(step, holder[key], step)
+            elif depth == 2 and steps[:2] == ["cluster", "device_types"]:
+                holder[key] = _load_preset("device_types", holder[key], ".".join(steps[:3]))
         if isinstance(holder, dict) and holder.get(key) is None:
             holder[key] = {}
         holder = holder[key]
@@ -161,26 +171,35 @@ def _read_yaml(path: Path, noun: str) -> dict[str, Any]:
     return content
 
 
-def _load_section(section: str, name: str) -> dict[str, Any]:
-    """Return the mapping behind a preset name or a path to a YAML file."""
+def _load_preset(section: str, name: str, where: str) -> dict[str, Any]:
+    """Return the mapping behind a preset name or a path to a YAML file; `where` is the field that holds the name."""
     if name.endswith((".yaml", ".yml")):
-        return _read_yaml(Path(name), section)
+        content = _read_yaml(Path(name), section)
+        return {key: _anchored(f"{section}.{key}", value, Path(name).parent) for key, value in content.items()}
     known = preset_names(section)
     if name not in known:
         near = closest(name, known) if closest(name, known).startswith("; did") else ""
         raise ScenarioError(
-            f'{section}: "{name}" is not a preset; write one of {", ".join(known)}, or a path that ends in .yaml{near}'
+            f'{where}: "{name}" is not a preset; write one of {", ".join(known)}, or a path that ends in .yaml{near}'
         )
     text = (files("epsim") / "presets" / _PRESET_FOLDERS[section] / f"{name}.yaml").read_text(encoding="utf-8")
-    content: dict[str, Any] = parse_yaml(text)
-    return content
+    preset: dict[str, Any] = parse_yaml(text)
+    return preset
+
+
+def _load_device_types(cluster: Any) -> None:
+    """Replace the device types of a cluster that are names by what these hold, in place."""
+    types = cluster.get("device_types") if isinstance(cluster, dict) else None
+    if isinstance(types, dict):
+        for name in [name for name, value in types.items() if isinstance(value, str)]:
+            types[name] = _load_preset("device_types", types[name], f"cluster.device_types.{name}")
 
 
 def _anchored(target: object, value: Any, folder: Path) -> Any:
-    """Return the value of a field with the path that it holds, if it holds one, relative to `folder`."""
+    """Return the value of a field with the paths that it holds, if it holds any, relative to `folder`."""
     if isinstance(value, str):
-        is_file = target in _PRESET_FOLDERS and value.endswith((".yaml", ".yml"))
+        is_file = (target in _SECTIONS or _DEVICE_TYPE.fullmatch(str(target))) and value.endswith((".yaml", ".yml"))
         return str(folder / value) if is_file or target in ("trace", *_PATHS) else value
-    if isinstance(value, Mapping) and f"{target}.path" in _PATHS and isinstance(value.get("path"), str):
-        return {**value, "path": str(folder / value["path"])}
+    if isinstance(value, Mapping) and target in _HOLDERS:
+        return {key: _anchored(f"{target}.{key}", entry, folder) for key, entry in value.items()}
     return value

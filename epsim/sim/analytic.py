@@ -42,11 +42,12 @@ def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
         )
     )
     if plan.mode == "sync":
-        times = _sync(plan.front_s_LR, plan.experts_s_LR + plan.shared_s_LR, exchange, network)
+        times = _sync(plan.front_s_LR, plan.host_s_LR, plan.experts_s_LR + plan.shared_s_LR, exchange, network)
     else:
         remote_s_LFC = np.ascontiguousarray(np.moveaxis(plan.remote_s_LCRR, 1, 3)).reshape(exchange[0].shape)
-        times = _async(plan.front_s_LR, plan.local_s_LR + plan.shared_s_LR, remote_s_LFC, exchange, network)
-    dispatch_LR, combine_LR, waiting_LR, front_end_LR, device_end_s_R = times
+        local_s_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
+        times = _async(plan.front_s_LR, plan.host_s_LR, local_s_LR, remote_s_LFC, exchange, network)
+    dispatch_LR, combine_LR, host_LR, waiting_LR, front_end_LR, device_end_s_R = times
     device_end_s_R = device_end_s_R + plan.head_s_R
     kv_bytes_LF, ready_LF = _kv_flows(plan, front_end_LR, device_end_s_R)
     kv_arrival_FL = _send(
@@ -60,7 +61,7 @@ def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
     return StepResult(
         end_s=float(device_end_s_R.max()),
         kv_end_s=float(kv_arrival_FL.max(initial=0.0)),
-        parts_s_PR=collect_parts(plan, dispatch_LR, combine_LR, waiting_LR, device_end_s_R),
+        parts_s_PR=collect_parts(plan, dispatch_LR, combine_LR, host_LR, waiting_LR, device_end_s_R),
         link_busy_s_X=busy_s_X,
         link_bytes_X=carried_X,
         delivered_bytes_RR=delivered_bytes_RR,
@@ -254,15 +255,15 @@ def _combine(done_FC, back_FC, node_back_FC, network, back_R):  # type: ignore[n
 
 
 @numba.njit(cache=True)
-def _sync(front_s_LR, experts_s_LR, exchange, network):  # type: ignore[no-untyped-def]
+def _sync(front_s_LR, host_s_LR, experts_s_LR, exchange, network):  # type: ignore[no-untyped-def]
     """Barriers after attention, dispatch, experts and combine: each part takes as long as its slowest."""
     num_layers, num_devices = front_s_LR.shape
     out_LFC, back_LFC, node_out_LFC, node_back_LFC = exchange
-    dispatch_LR, combine_LR, waiting_LR = np.zeros((3, num_layers, num_devices))
+    dispatch_LR, combine_LR, host_LR, waiting_LR = np.zeros((4, num_layers, num_devices))
     front_end_LR = np.zeros((num_layers, num_devices))
-    now_s = 0.0
+    start_R = np.zeros(num_devices)
     for layer in range(num_layers):
-        front_end_LR[layer] = now_s + front_s_LR[layer]
+        front_end_LR[layer] = start_R + front_s_LR[layer]
         fronts_s = front_end_LR[layer].max()
         arrival_FC = _dispatch(np.full(num_devices, fronts_s), out_LFC[layer], node_out_LFC[layer], network)
         dispatched_s = max(fronts_s, arrival_FC.max())
@@ -270,20 +271,22 @@ def _sync(front_s_LR, experts_s_LR, exchange, network):  # type: ignore[no-untyp
         experts_s = experts_end_R.max()
         back_R = np.full(num_devices, experts_s)
         _combine(np.full(out_LFC[layer].shape, experts_s), back_LFC[layer], node_back_LFC[layer], network, back_R)
-        now_s = back_R.max()
+        combined_s = back_R.max()
         dispatch_LR[layer] = dispatched_s - fronts_s
-        combine_LR[layer] = now_s - experts_s
+        combine_LR[layer] = combined_s - experts_s
         waiting_LR[layer] = (fronts_s - front_end_LR[layer]) + (experts_s - experts_end_R)
-    return dispatch_LR, combine_LR, waiting_LR, front_end_LR, np.full(num_devices, now_s)
+        start_R = np.maximum(combined_s, start_R + host_s_LR[layer])
+        host_LR[layer] = start_R - combined_s
+    return dispatch_LR, combine_LR, host_LR, waiting_LR, front_end_LR, start_R
 
 
 @numba.njit(cache=True)
-def _async(front_s_LR, local_s_LR, remote_s_LFC, exchange, network):  # type: ignore[no-untyped-def]
+def _async(front_s_LR, host_s_LR, local_s_LR, remote_s_LFC, exchange, network):  # type: ignore[no-untyped-def]
     """Local experts at once, then what has arrived, in that order; the next layer when all is back and served."""
     num_layers, num_devices = front_s_LR.shape
     out_LFC, back_LFC, node_out_LFC, node_back_LFC = exchange
     num_chunks = out_LFC.shape[2]
-    dispatch_LR, combine_LR = np.zeros((2, num_layers, num_devices))
+    dispatch_LR, combine_LR, host_LR = np.zeros((3, num_layers, num_devices))
     front_end_LR = np.zeros((num_layers, num_devices))
     now_R = np.zeros(num_devices)
     for layer in range(num_layers):
@@ -310,5 +313,6 @@ def _async(front_s_LR, local_s_LR, remote_s_LFC, exchange, network):  # type: ig
         back_R = busy_until_R.copy()
         _combine(done_FC, back_LFC[layer], node_back_LFC[layer], network, back_R)
         combine_LR[layer] = back_R - busy_until_R
-        now_R = back_R
-    return dispatch_LR, combine_LR, np.zeros((num_layers, num_devices)), front_end_LR, now_R
+        now_R = np.maximum(back_R, now_R + host_s_LR[layer])
+        host_LR[layer] = now_R - back_R
+    return dispatch_LR, combine_LR, host_LR, np.zeros((num_layers, num_devices)), front_end_LR, now_R

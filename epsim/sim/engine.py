@@ -10,8 +10,9 @@ import numpy as np
 
 from epsim.cluster import Cluster
 from epsim.sim import event
-from epsim.sim.graph import Kind, TaskGraph, Work, build_graph
+from epsim.sim.graph import build_graph
 from epsim.sim.step import COMPUTE_PARTS, PARTS, Floats, StepPlan, StepResult
+from epsim.sim.task_graph import Kind, TaskGraph, Work
 
 Runner = Callable[[TaskGraph, Cluster], event.Run]
 
@@ -59,6 +60,7 @@ def _parts(plan: StepPlan, graph: TaskGraph, start_s_N: Floats, end_s_N: Floats)
         at_LX1 = end_s_N[graph.barriers_LX][:, :, None]
         dispatch_LR = np.broadcast_to(at_LX1[:, 1] - at_LX1[:, 0], local_end_LR.shape)
         combine_LR = np.broadcast_to(at_LX1[:, 3] - at_LX1[:, 2], local_end_LR.shape)
+        host_LR = front_start[1:] - at_LX1[:, 3]
         waiting_LR = (at_LX1[:, 0] - front_end[:-1]) + (at_LX1[:, 2] - local_end_LR)
     else:
         remote = np.flatnonzero(graph.work_N == Work.REMOTE_EXPERTS)
@@ -68,18 +70,23 @@ def _parts(plan: StepPlan, graph: TaskGraph, start_s_N: Floats, end_s_N: Floats)
         computed_LR = np.zeros_like(local_end_LR)
         np.add.at(computed_LR, where, graph.duration_s_N[remote])
         dispatch_LR = last_LR - local_end_LR - computed_LR
-        combine_LR = front_start[1:] - last_LR
+        back_LR = last_LR.copy()
+        returned = np.flatnonzero(graph.work_N == Work.COMBINE)
+        np.maximum.at(back_LR, (graph.layer_N[returned], graph.destination_N[returned]), end_s_N[returned])
+        combine_LR = back_LR - last_LR
+        host_LR = front_start[1:] - back_LR
         waiting_LR = np.zeros_like(local_end_LR)
-    return collect_parts(plan, dispatch_LR, combine_LR, waiting_LR, front_end[-1])
+    return collect_parts(plan, dispatch_LR, combine_LR, host_LR, waiting_LR, front_end[-1])
 
 
 def collect_parts(
-    plan: StepPlan, dispatch_LR: Floats, combine_LR: Floats, waiting_LR: Floats, device_end_s_R: Floats
+    plan: StepPlan, dispatch_LR: Floats, combine_LR: Floats, host_LR: Floats, waiting_LR: Floats, device_end_s_R: Floats
 ) -> Floats:
     """Return the parts [len(PARTS), R] from idle times by layer; what follows a device's end is waiting too."""
     parts_s_PR = np.zeros((len(PARTS), plan.num_devices))
     parts_s_PR[: len(COMPUTE_PARTS)] = plan.compute_s_PR()
     parts_s_PR[PARTS.index("dispatch")] = dispatch_LR.sum(axis=0)
     parts_s_PR[PARTS.index("combine")] = combine_LR.sum(axis=0)
+    parts_s_PR[PARTS.index("host")] = host_LR.sum(axis=0)
     parts_s_PR[PARTS.index("waiting")] = waiting_LR.sum(axis=0) + device_end_s_R.max() - device_end_s_R
     return parts_s_PR

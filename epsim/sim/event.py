@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim.cluster import Cluster
-from epsim.sim.graph import Kind, TaskGraph
+from epsim.sim.task_graph import Kind, TaskGraph
 
 Floats = npt.NDArray[np.float64]
 
@@ -65,7 +65,7 @@ class Run:
 def run_graph(graph: TaskGraph, cluster: Cluster) -> Run:
     """Execute the graph; a RuntimeError says that it has a cycle."""
     tasks, links = _task_records(graph, cluster), _link_records(cluster)
-    devices = _records(_DEVICE, cluster.num_devices)
+    devices = _records(_DEVICE, 2 * cluster.num_devices)  # and their hosts
     flows = _records(_FLOW, graph.num_flows)
     state = _records(_STATE, 1, sequence=0, used_entries=0, contended=0)
     # Segments that the link at each hop has taken and, in the last column, that have arrived.

@@ -27,13 +27,17 @@ class Transmission:
 
 
 class StepPlanner:
-    """Makes the plans of the steps of one deployment."""
+    """Makes the plans of the steps of one deployment under expert parallelism."""
 
     def __init__(self, model: ModelCard, cluster: Cluster, cost: RooflineCost, transmission: Transmission) -> None:
         self._model = model
         self._cost = cost
         self._transmission = transmission
         self._node_of_device_R = cluster.node_of_device_R.astype(np.int32)
+        self._barrier_factor_R = np.ones(cluster.num_devices)
+        if transmission.mode == "sync":
+            self._barrier_factor_R += [device.barrier_slowdown_frac for device in cluster.devices]
+        self._copy_time = _CopyTime(cluster) if transmission.mode == "async" else None
         self._gateway_RN = None
         if transmission.dedup == "node":
             gateways = [[cluster.gateway(r, n) for n in range(cluster.num_nodes)] for r in range(cluster.num_devices)]
@@ -41,36 +45,79 @@ class StepPlanner:
 
     def plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
         """Return the plan of a step; kv_tokens_RR: tokens whose KV cache moves from device to device after it."""
-        cost, num_layers = self._cost, traffic.pairs_LCRR.shape[0]
-        dense_layers = self._model.num_dense_layers
-        attention_s_LR = np.tile(cost.attention_s_R(work), (num_layers, 1))
-        dense_ffn_s_LR = np.zeros_like(attention_s_LR)
-        attention_s_LR[0] *= 1 + dense_layers
-        dense_ffn_s_LR[0] = dense_layers * cost.dense_ffn_s_R(work)
-        local = np.arange(len(self._node_of_device_R))
-        pairs_LRR = traffic.pairs_LCRR.sum(axis=1)
+        messages, num_layers = self._messages(traffic), traffic.pairs_LCRR.shape[0]
         return StepPlan(
             mode=self._transmission.mode,
-            vision_s_R=cost.vision_s_R(work),
-            attention_s_LR=attention_s_LR,
-            dense_ffn_s_LR=dense_ffn_s_LR,
-            router_s_LR=np.tile(cost.router_s_R(work), (num_layers, 1)),
-            shared_s_LR=np.tile(cost.shared_experts_s_R(work), (num_layers, 1)),
-            home_experts_s_LR=np.zeros_like(attention_s_LR),
-            experts_s_LR=cost.experts_s(traffic.device_pairs_LR, traffic.device_experts_LR),
-            local_s_LR=cost.experts_s(pairs_LRR[:, local, local], traffic.source_experts_LRR[:, local, local]),
-            remote_s_LCRR=_off_diagonal(cost.experts_s(traffic.pairs_LCRR, traffic.experts_LCRR)),
-            head_s_R=cost.head_s_R(work),
+            **self._home_times(work, num_layers),
+            **self._expert_times(traffic),
+            **messages,
+            copy_s_LR=self._copy_s_LR(messages),
             gateway_RN=self._gateway_RN,
             node_of_device_R=self._node_of_device_R,
             kv_bytes_LRR=self._kv_bytes(kv_tokens_RR, num_layers),
             overlap_kv=self._transmission.overlap_kv,
-            **self._messages(traffic),
         )
 
     def served_pairs_LR(self, traffic: StepTraffic) -> Counts:
         """Return the routed pairs that each device serves, [L, R]."""
         return traffic.device_pairs_LR
+
+    def _home_times(self, work: HomeWork, num_layers: int) -> dict[str, Floats]:
+        """What the homes compute; a barrier stretches it by its device's slowdown."""
+        cost, factor_R, dense_layers = self._cost, self._barrier_factor_R, self._model.num_dense_layers
+
+        def by_layer(seconds_R: Floats) -> Floats:
+            return np.tile(factor_R * seconds_R, (num_layers, 1))
+
+        attention_s_LR, host_s_LR = by_layer(cost.attention_s_R(work)), by_layer(cost.layer_floor_s_R)
+        attention_s_LR[0] *= 1 + dense_layers
+        host_s_LR[0] *= 1 + dense_layers
+        dense_ffn_s_LR = np.zeros_like(attention_s_LR)
+        dense_ffn_s_LR[0] = dense_layers * factor_R * cost.dense_ffn_s_R(work)
+        return {
+            "vision_s_R": factor_R * cost.vision_s_R(work),
+            "attention_s_LR": attention_s_LR,
+            "dense_ffn_s_LR": dense_ffn_s_LR,
+            "router_s_LR": by_layer(cost.router_s_R(work)),
+            "home_experts_s_LR": np.zeros_like(attention_s_LR),
+            "shared_s_LR": by_layer(cost.shared_experts_s_R(work)),
+            "host_s_LR": host_s_LR,
+            "head_s_R": factor_R * cost.head_s_R(work),
+        }
+
+    def _expert_times(self, traffic: StepTraffic) -> dict[str, Floats]:
+        """Routed experts: all of a device in one kernel, or in mode async its own tokens and each message's apart."""
+        cost = self._cost
+        times = {
+            "experts_s_LR": np.zeros(traffic.device_pairs_LR.shape),
+            "local_s_LR": np.zeros(traffic.device_pairs_LR.shape),
+            "remote_s_LCRR": np.zeros(traffic.pairs_LCRR.shape),
+        }
+        if self._transmission.mode == "async":
+            local = np.arange(len(self._node_of_device_R))
+            pairs_LR = traffic.pairs_LCRR.sum(axis=1)[:, local, local]
+            times["local_s_LR"] = cost.experts_s(pairs_LR, traffic.source_experts_LRR[:, local, local])
+            times["remote_s_LCRR"] = _off_diagonal(cost.experts_s(traffic.pairs_LCRR, traffic.experts_LCRR))
+        else:
+            experts_s_LR = cost.experts_s(traffic.device_pairs_LR, traffic.device_experts_LR)
+            times["experts_s_LR"] = self._barrier_factor_R * experts_s_LR
+        return times
+
+    def _copy_s_LR(self, messages: dict[str, Floats]) -> Floats:
+        """Return what a home's transfers, out and back, take from its compute."""
+        out_LCRR = messages["dispatch_bytes_LCRR"]
+        if self._copy_time is None or not self._copy_time.exposed:
+            return np.zeros((out_LCRR.shape[0], out_LCRR.shape[2]))
+        out_LCRR, back_LCRR = out_LCRR, messages["combine_bytes_LCRR"]
+        if self._gateway_RN is None:
+            return self._copy_time.seconds_LR(out_LCRR, back_LCRR)
+        near_RR = self._node_of_device_R[:, None] == self._node_of_device_R
+        near_s_LR = self._copy_time.seconds_LR(out_LCRR * near_RR, back_LCRR * near_RR)
+        via_gateway = (
+            _at_gateway(messages[name], self._gateway_RN)
+            for name in ("node_dispatch_bytes_LCRN", "node_combine_bytes_LCRN")
+        )
+        return near_s_LR + self._copy_time.seconds_LR(*via_gateway)
 
     def _messages(self, traffic: StepTraffic) -> dict[str, Floats]:
         form = self._transmission.message_format
@@ -99,6 +146,35 @@ class StepPlanner:
         layers_before_L = np.ones(num_layers)
         layers_before_L[0] += self._model.num_dense_layers
         return layers_before_L[:, None, None] * per_layer_RR
+
+
+class _CopyTime:
+    """How long transfers keep a device from computing: (1 - transfer_overlap) of their time on an idle network."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._exposed_frac_R = np.array([1.0 - device.transfer_overlap_frac for device in cluster.devices])
+        self.exposed = bool(self._exposed_frac_R.any())
+        # One more entry at the end, for the -1 that pads a route.
+        s_per_byte_X = np.append(1.0 / cluster.link_bytes_per_s_X, 0.0)
+        overhead_s_X = np.append(cluster.link_message_overhead_s_X, 0.0)
+        self._s_per_byte_RR = s_per_byte_X[cluster.routes_RRH].max(axis=2)
+        self._message_s_RR = overhead_s_X[cluster.routes_RRH].sum(axis=2)
+
+    def seconds_LR(self, out_LCRR: Floats, back_LCRR: Floats) -> Floats:
+        """Return [L, R] for the messages of each home, out and back: overheads, and bytes at the narrowest link."""
+        out_s = out_LCRR * self._s_per_byte_RR + (out_LCRR > 0) * self._message_s_RR
+        back_s = back_LCRR * self._s_per_byte_RR.T + (back_LCRR > 0) * self._message_s_RR.T
+        seconds_LR: Floats = (out_s + back_s).sum(axis=(1, 3)) * self._exposed_frac_R
+        return seconds_LR
+
+
+def _at_gateway(bytes_LCRN: Floats, gateway_RN: npt.NDArray[np.int32]) -> Floats:
+    """Return the bytes by home and gateway, [L, C, R, R]."""
+    layers, chunks, num_devices, _ = bytes_LCRN.shape
+    bytes_LCRR = np.zeros((layers, chunks, num_devices, num_devices))
+    for node, gateway_R in enumerate(gateway_RN.T):
+        bytes_LCRR[:, :, np.arange(num_devices), gateway_R] += bytes_LCRN[..., node]
+    return bytes_LCRR
 
 
 def _off_diagonal(values_xRR: npt.NDArray[np.float64]) -> Floats:

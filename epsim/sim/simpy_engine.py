@@ -14,7 +14,7 @@ from simpy.events import EventPriority
 
 from epsim.cluster import Cluster
 from epsim.sim.event import Run
-from epsim.sim.graph import Kind, TaskGraph
+from epsim.sim.task_graph import Kind, TaskGraph
 
 Process = Generator[simpy.Event, Any, None]
 _AFTER_EVERYTHING_AT_THIS_INSTANT = 2  # SimPy's own events have the priorities 0 and 1
@@ -33,7 +33,7 @@ class _State:
         self.arrival_s = np.zeros(len(graph.kind_N))
         self.waiting_for = graph.num_predecessors_N.copy()
         self.flows: list[deque[int]] = [deque() for _ in range(graph.num_flows)]
-        self.devices = [_Device(self) for _ in cluster.devices]
+        self.devices = [_Device(self) for _ in range(2 * cluster.num_devices)]  # and their hosts
         self.links = [_Link(self, x, cluster) for x in range(len(cluster.links))]
         self.routes_RRH = cluster.routes_RRH
         self.num_segments = np.maximum(1, np.ceil(graph.bytes_N / cluster.segment_bytes)).astype(int)

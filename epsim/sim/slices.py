@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 
 from epsim.sim.engine import Execution
-from epsim.sim.graph import Kind, Work
+from epsim.sim.task_graph import Kind, Work
 
-Track = Literal["compute", "tx", "rx"]
+Track = Literal["compute", "host", "tx", "rx"]
 
 _NAMES = {
     Work.EXPERTS: "experts",
@@ -60,9 +60,19 @@ def _compute_slices(execution: Execution, task: int, offset_s: float) -> list[Sl
         return _front_slices(execution, layer, device, start_s)
     if not graph.duration_s_N[task]:
         return []
-    peer = int(graph.origin_N[task]) if work == Work.REMOTE_EXPERTS else -1
-    name = _NAMES[work]
-    return [Slice(device=device, track="compute", name=name, start_s=start_s, end_s=end_s, layer=layer, peer=peer)]
+    origin = int(graph.origin_N[task])
+    if work == Work.HOST:
+        return [Slice(device=origin, track="host", name="host", start_s=start_s, end_s=end_s, layer=layer)]
+    slices = []
+    if work == Work.EXPERTS and execution.plan.mode == "async" and execution.plan.copy_s_LR[layer, device]:
+        copied_s = start_s + float(execution.plan.copy_s_LR[layer, device])
+        slices.append(Slice(device=device, track="compute", name="copy", start_s=start_s, end_s=copied_s, layer=layer))
+        start_s = copied_s
+    peer = origin if work == Work.REMOTE_EXPERTS else -1
+    last = Slice(
+        device=device, track="compute", name=_NAMES[work], start_s=start_s, end_s=end_s, layer=layer, peer=peer
+    )
+    return [*slices, last]
 
 
 def _message_slices(execution: Execution, task: int, message_id: str, offset_s: float) -> tuple[Slice, Slice]:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Mode = Literal["sync", "async"]
 
-PARTS = ("vision", "attention", "dense_ffn", "router", "experts", "head", "dispatch", "combine", "waiting")
-COMPUTE_PARTS = PARTS[:6]
+COMPUTE_PARTS = ("vision", "attention", "dense_ffn", "router", "experts", "copy", "head")
+PARTS = (*COMPUTE_PARTS, "dispatch", "combine", "host", "waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,10 @@ class StepPlan:
     """Durations in s and messages in bytes of one step.
 
     vision_s_R: before the first layer. attention_s_LR, dense_ffn_s_LR (leading dense layers, counted to the MoE layer
-    that follows them), router_s_LR: until a layer's dispatch. shared_s_LR: shared experts, at the home.
-    home_experts_s_LR: routed and shared experts computed at the token's home before the dispatch (tensor and data
-    parallelism), also until a layer's dispatch.
+    that follows them), router_s_LR: until a layer's dispatch. home_experts_s_LR: experts computed before the dispatch
+    (tensor and data parallelism). shared_s_LR: shared experts, at the home. host_s_LR: the least time from the start of
+    a layer to the start of the next, which the host needs to launch it. copy_s_LR: what transfers take from the compute
+    of a home in mode async, before its local experts.
     experts_s_LR: routed experts of a device in one kernel (mode sync). local_s_LR: those for its own home tokens, and
     remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
     dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the
@@ -41,8 +42,10 @@ class StepPlan:
     attention_s_LR: Floats
     dense_ffn_s_LR: Floats
     router_s_LR: Floats
-    shared_s_LR: Floats
     home_experts_s_LR: Floats
+    shared_s_LR: Floats
+    host_s_LR: Floats
+    copy_s_LR: Floats
     experts_s_LR: Floats
     local_s_LR: Floats
     remote_s_LCRR: Floats
@@ -92,11 +95,13 @@ class StepPlan:
         return np.asarray(self.node_of_device_R[source] != self.node_of_device_R[destination])
 
     def compute_s_PR(self) -> Floats:
-        """Seconds that each device computes for each of COMPUTE_PARTS, [6, R]."""
+        """Seconds that each device computes for each of COMPUTE_PARTS, [7, R]."""
+        copy_s_R = np.zeros(self.num_devices)
         if self.mode == "sync":
             experts_s_R = self.experts_s_LR.sum(axis=0)
         else:
             experts_s_R = self.local_s_LR.sum(axis=0) + self.remote_s_LCRR.sum(axis=(0, 1, 2))
+            copy_s_R = self.copy_s_LR.sum(axis=0)
         return np.stack(
             [
                 self.vision_s_R,
@@ -104,6 +109,7 @@ class StepPlan:
                 self.dense_ffn_s_LR.sum(axis=0),
                 self.router_s_LR.sum(axis=0),
                 experts_s_R + self.shared_s_LR.sum(axis=0) + self.home_experts_s_LR.sum(axis=0),
+                copy_s_R,
                 self.head_s_R,
             ]
         )

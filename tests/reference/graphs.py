@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from epsim.sim.graph import Kind, TaskGraph, Work
+from epsim.sim.task_graph import Kind, TaskGraph, Work
 
 
 def released_messages(

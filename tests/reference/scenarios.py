@@ -37,6 +37,11 @@ def _device_types(rng: Rng, num_devices: int, staging: bool) -> list[dict[str, A
             flops={"bf16": float(rng.uniform(200, 2000))},
             launch_overhead=float(rng.choice([0.0, 0.01])),
             expert_overhead=float(rng.choice([0.0, 0.02])),
+            layer_overhead=float(rng.choice([0.0, 1.0])),
+            request_overhead=float(rng.choice([0.0, 0.02])),
+            efficiency_exponent=float(rng.choice([0.0, 0.3])),
+            barrier_slowdown=float(rng.choice([0.0, 0.1])),
+            transfer_overlap=float(rng.choice([0.2, 1.0])),
             staging={"bandwidth": float(rng.uniform(20, 200)), "message_overhead": float(rng.choice([0.0, 0.03]))}
             if staging
             else None,
@@ -118,8 +123,10 @@ def random_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
         attention_s_LR=durations(layers, num_devices),
         dense_ffn_s_LR=durations(layers, num_devices) * (np.arange(layers) == 0)[:, None],
         router_s_LR=durations(layers, num_devices),
+        home_experts_s_LR=durations(layers, num_devices) * rng.choice([0.0, 1.0]),
         shared_s_LR=durations(layers, num_devices),
-        home_experts_s_LR=durations(layers, num_devices),
+        host_s_LR=durations(layers, num_devices) * rng.choice([0.0, 5.0]),
+        copy_s_LR=durations(layers, num_devices) * (shape.mode == "async"),
         experts_s_LR=durations(layers, num_devices),
         local_s_LR=durations(layers, num_devices),
         remote_s_LCRR=durations(*sends_LCRR.shape) * sends_LCRR,
@@ -167,6 +174,7 @@ def routed_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
     work = HomeWork(
         decode=bool(rng.integers(0, 2)),
         tokens_R=tokens_R,
+        requests_R=tokens_R,
         kv_tokens_R=5 * tokens_R,
         attention_pairs_R=7 * tokens_R,
         images_R=0 * tokens_R,

@@ -45,8 +45,13 @@ def device_type(**changes: Any) -> dict[str, Any]:
         "memory_efficiency": 0.5,
         "flops": {"bf16": 100.0},
         "compute_efficiency": 0.5,
+        "efficiency_exponent": 0.0,
         "launch_overhead": 0.0,
+        "layer_overhead": 0.0,
+        "request_overhead": 0.0,
         "expert_overhead": 0.0,
+        "barrier_slowdown": 0.0,
+        "transfer_overlap": 1.0,
         "staging": None,
     }
     return {**fields, **changes}
