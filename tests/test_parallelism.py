@@ -181,8 +181,8 @@ def test_tensor_parallel_prefill_by_hand() -> None:
 
 
 def test_host_and_barriers_of_tensor_parallelism_by_hand() -> None:
-    # As above. A barrier slowdown of 0.5 stretches what is computed by half. A host that needs 10 s for a layer, 5 s for
-    # its attention and 5 s for its FFN, hides all but the head.
+    # As above. A barrier slowdown of 0.5 stretches what is computed by half. A host that needs 10 s for a layer, 5 s
+    # for its attention and 5 s for its FFN, hides all but the head.
     def ttft_s(**changes: Any) -> float:
         machine = cluster(2, **changes)
         size = size_of({"kind": "tp"}, 2, model=DENSE, cluster=machine, workload={"batch_sizes": [1]})
