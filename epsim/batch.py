@@ -27,6 +27,7 @@ class Deployment:
     """A model laid out on a cluster, ready to run batches of a trace.
 
     check_rows: the trace comes from outside, so the rows of each batch are held to the invariants of traces.
+    num_micro_batches: into how many parts of its tokens each home cuts a step (each a chunk of the counter), or 1.
     """
 
     model: ModelCard
@@ -35,6 +36,7 @@ class Deployment:
     check_rows: bool
     layout: Layout
     counter: TrafficCounter
+    num_micro_batches: int
     planner: StepPlanner | ReplicaPlanner
     fidelity: Fidelity
 
@@ -54,14 +56,14 @@ class StepInput:
     """What a step is before any device or link has a speed: it follows from routing, placement and homes alone.
 
     request_Q: indices of the requests in the batch that get a token. counts_M4: routed pairs and visits, all and remote
-    (`epsim.traffic.count_remote`). kv_tokens_RR: tokens whose KV cache moves after the step.
+    (`epsim.traffic.count_remote`). works: one per micro-batch. kv_tokens_RR: tokens whose KV cache moves afterwards.
     """
 
     step: int
     num_tokens: int
     request_Q: npt.NDArray[np.int64]
     counts_M4: npt.NDArray[np.int64]
-    work: HomeWork
+    works: tuple[HomeWork, ...]
     traffic: StepTraffic
     kv_tokens_RR: npt.NDArray[np.int64]
 
@@ -100,7 +102,7 @@ def run_steps(
     executions: list[Execution] = []
     now_s, steps = start_s, []
     for given in inputs:
-        plan = planner.plan(given.work, given.traffic, given.kv_tokens_RR)
+        plan = planner.plan(given.works, given.traffic, given.kv_tokens_RR)
         result, execution = simulate_step(plan, cluster, fidelity)
         if execution is not None and given.step < num_executions:
             executions.append(execution)
@@ -125,6 +127,7 @@ class _StepTokens:
     step: int
     home_T: npt.NDArray[np.int32]
     request_T: npt.NDArray[np.int64]
+    position_T: npt.NDArray[np.int32]
     topk_expert_ids_TLK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     modality_T: npt.NDArray[np.uint8]
 
@@ -158,6 +161,7 @@ class _BatchRun:
             step=step,
             home_T=home_Q[request_T],
             request_T=request_T,
+            position_T=self._rows.position_T[rows_T],
             topk_expert_ids_TLK=self._rows.topk_expert_ids_TLK[rows_T],
             modality_T=self._rows.modality_T[rows_T],
         )
@@ -176,46 +180,52 @@ class _BatchRun:
             num_tokens=len(tokens.home_T),
             request_Q=np.unique(tokens.request_T),
             counts_M4=counts_M4,
-            work=self._prefill_work(tokens) if step == 0 else self._decode_work(tokens),
+            works=self._works(tokens),
             traffic=deployment.counter.count(tokens.topk_expert_ids_TLK, tokens.home_T),
             kv_tokens_RR=self._moving_kv_tokens(step),
         )
 
-    def _per_device(self, home: npt.NDArray[np.int32], values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        totals_R = np.zeros(self._deployment.cluster.num_devices, dtype=np.int64)
-        np.add.at(totals_R, home, values)
-        return totals_R
+    def _works(self, tokens: _StepTokens) -> tuple[HomeWork, ...]:
+        """Return the work of each micro-batch. Images and outputs count for the first: they are computed together."""
+        d, num_devices = self._deployment, self._deployment.cluster.num_devices
+        batch_T = d.counter.chunk_of_token_T(tokens.home_T) if d.num_micro_batches > 1 else np.zeros_like(tokens.home_T)
+        home_Q = np.zeros(len(self._prompt_Q), dtype=np.int32)
+        home_Q[tokens.request_T] = tokens.home_T
+        images_Q, has_output_Q = self._images(tokens), np.bincount(tokens.request_T, minlength=len(home_Q)) > 0
 
-    def _prefill_work(self, tokens: _StepTokens) -> HomeWork:
-        """Every token attends to itself and all before it; one head per request; the images that its tokens fill."""
-        vision, home_Q, prompt_Q = self._deployment.model.vision, self._homes.prefill_Q, self._prompt_Q
+        def per_device(
+            home: npt.NDArray[np.int32], values: npt.NDArray[np.integer | np.bool_]
+        ) -> npt.NDArray[np.int64]:
+            return np.bincount(home, weights=values, minlength=num_devices).astype(np.int64)
+
+        works = []
+        for batch in range(d.num_micro_batches):
+            own_T = batch_T == batch
+            home_T, context_T = tokens.home_T[own_T], tokens.position_T[own_T].astype(np.int64) + 1
+            context_Q = np.zeros(len(home_Q), dtype=np.int64)
+            np.maximum.at(context_Q, tokens.request_T[own_T], context_T)
+            first = int(batch == 0)
+            works.append(
+                HomeWork(
+                    decode=tokens.step > 0,
+                    tokens_R=per_device(home_T, np.ones_like(home_T)),
+                    requests_R=per_device(home_Q, context_Q > 0),
+                    kv_tokens_R=per_device(home_Q, context_Q),
+                    attention_pairs_R=per_device(home_T, context_T),
+                    images_R=per_device(home_Q, first * images_Q),
+                    outputs_R=per_device(home_Q, first * has_output_Q),
+                )
+            )
+        return tuple(works)
+
+    def _images(self, tokens: _StepTokens) -> npt.NDArray[np.int64]:
+        """Return how many images the vision tokens of each request fill, in a prefill."""
+        vision = self._deployment.model.vision
+        if vision is None or tokens.step > 0:
+            return np.zeros_like(self._prompt_Q)
         is_vision_T = tokens.modality_T == Modality.VISION
-        vision_Q = np.bincount(tokens.request_T, weights=is_vision_T, minlength=len(prompt_Q)).astype(np.int64)
-        images_Q = -(-vision_Q // vision.tokens_per_image) if vision else np.zeros_like(vision_Q)
-        tokens_R = self._per_device(home_Q, prompt_Q)
-        return HomeWork(
-            decode=False,
-            tokens_R=tokens_R,
-            requests_R=self._per_device(home_Q, np.ones_like(prompt_Q)),
-            kv_tokens_R=tokens_R,
-            attention_pairs_R=self._per_device(home_Q, prompt_Q * (prompt_Q + 1) // 2),
-            images_R=self._per_device(home_Q, images_Q),
-            outputs_R=self._per_device(home_Q, np.ones_like(prompt_Q)),
-        )
-
-    def _decode_work(self, tokens: _StepTokens) -> HomeWork:
-        """Every token attends to its prompt and the output tokens up to itself."""
-        tokens_R = self._per_device(tokens.home_T, np.ones_like(tokens.request_T))
-        context_R = self._per_device(tokens.home_T, self._prompt_Q[tokens.request_T] + tokens.step)
-        return HomeWork(
-            decode=True,
-            tokens_R=tokens_R,
-            requests_R=tokens_R,
-            kv_tokens_R=context_R,
-            attention_pairs_R=context_R,
-            images_R=np.zeros_like(tokens_R),
-            outputs_R=tokens_R,
-        )
+        vision_Q = np.bincount(tokens.request_T[is_vision_T], minlength=len(self._prompt_Q))
+        return -(-vision_Q // vision.tokens_per_image)
 
     def _moving_kv_tokens(self, step: int) -> npt.NDArray[np.int64]:
         """Return [R, R]: tokens whose KV cache moves after the prefill, of the requests that decode at all."""

@@ -15,6 +15,7 @@ from epsim.cost import MemoryAccount, account_memory
 from epsim.errors import ScenarioError
 from epsim.model import ModelCard
 from epsim.placement import HomePlan, Placement, PlacementPolicy, PlacementProblem, balanced, by_modality
+from epsim.scenario.describe import show
 from epsim.scenario.spec import AfdSpec, DpSpec, ParallelismSpec, PdSpec, ScenarioSpec, TpSpec
 
 Devices = npt.NDArray[np.int32]
@@ -126,7 +127,7 @@ def _require_defaults(spec: ScenarioSpec) -> None:
         for field, value in getattr(spec, section):
             if value != getattr(default, field, None):
                 raise ScenarioError(
-                    f'{section}.{field}: "{value}" has no meaning under {kind}, where {_WHY[kind]}; leave it out'
+                    f"{section}.{field}: {show(value)} has no meaning under {kind}, where {_WHY[kind]}; leave it out"
                 )
 
 

@@ -73,6 +73,7 @@ def assemble(spec: ScenarioSpec) -> Deployment:
         check_rows=isinstance(spec.trace, FileTraceSpec),
         layout=layout,
         counter=TrafficCounter(layout.placement, transmission.num_chunks),
+        num_micro_batches=2 if transmission.mode == "two_batch" else 1,
         planner=build_planner(spec, model, cluster),
         fidelity=spec.simulation.fidelity,
     )
@@ -103,7 +104,8 @@ def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
     return Transmission(
         mode=t.mode,
         dedup=t.dedup,
-        num_chunks=t.num_chunks if t.mode == "async" else 1,
+        num_chunks={"sync": 1, "async": t.num_chunks, "two_batch": 2}[t.mode],
+        overlap_shared=t.overlap_shared,
         overlap_kv=spec.homes.kv_transfer == "overlapped",
         message_format=MessageFormat.of(model.hidden_size, t.dispatch_dtype, t.combine_dtype),
     )

@@ -34,7 +34,7 @@ class StepTraffic:
     node_tokens_LCRN: tokens with at least one expert in the destination node (what node-level dedup sends).
     experts_LCRR: distinct slots of the destination that the tokens of (chunk, source) activate.
     source_experts_LRR: the same over all chunks of the source.
-    slot_load_LP: pairs that each slot serves.
+    slot_load_LCP: pairs that each slot serves.
     """
 
     pairs_LCRR: Counts
@@ -42,7 +42,7 @@ class StepTraffic:
     node_tokens_LCRN: Counts
     experts_LCRR: Counts
     source_experts_LRR: Counts
-    slot_load_LP: Counts
+    slot_load_LCP: Counts
 
     @cached_property
     def device_pairs_LR(self) -> Counts:
@@ -53,7 +53,20 @@ class StepTraffic:
     def device_experts_LR(self) -> Counts:
         """Distinct slots activated on each device, from all sources."""
         num_layers, num_devices = self.device_pairs_LR.shape
-        return np.asarray((self.slot_load_LP > 0).reshape(num_layers, num_devices, -1).sum(axis=2))
+        is_used_LP = self.slot_load_LCP.any(axis=1)
+        return np.asarray(is_used_LP.reshape(num_layers, num_devices, -1).sum(axis=2))
+
+    def of_chunk(self, chunk: int) -> "StepTraffic":
+        """Return the traffic of one chunk alone: that of a micro-batch."""
+        only = slice(chunk, chunk + 1)
+        return StepTraffic(
+            pairs_LCRR=self.pairs_LCRR[:, only],
+            tokens_LCRR=self.tokens_LCRR[:, only],
+            node_tokens_LCRN=self.node_tokens_LCRN[:, only],
+            experts_LCRR=self.experts_LCRR[:, only],
+            source_experts_LRR=self.experts_LCRR[:, chunk],
+            slot_load_LCP=self.slot_load_LCP[:, only],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +140,7 @@ class TrafficCounter:
         starts = self._group_starts(home_T)
         hist_GLE, tokens_GLX = self._count_groups(topk_expert_ids_TLK, starts)
         tokens_LCRX = self._by_layer(tokens_GLX)
-        pairs, experts, source_experts, slot_load_LP = _spread(
+        pairs, experts, source_experts, slot_load_LCP = _spread(
             hist_GLE,
             self._num_chunks,
             self._placement.slot_of_expert_RLE,
@@ -140,8 +153,13 @@ class TrafficCounter:
             node_tokens_LCRN=tokens_LCRX[..., self._num_devices :],
             experts_LCRR=experts,
             source_experts_LRR=source_experts,
-            slot_load_LP=slot_load_LP,
+            slot_load_LCP=slot_load_LCP,
         )
+
+    def chunk_of_token_T(self, home_T: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Return the chunk of each token; home_T ascending."""
+        starts = self._group_starts(home_T)
+        return np.repeat(np.arange(len(starts) - 1) % self._num_chunks, np.diff(starts))
 
     def _by_layer(self, counts_GLX: Counts) -> Counts:
         per_group = counts_GLX.reshape(self._num_devices, self._num_chunks, *counts_GLX.shape[1:])
@@ -229,12 +247,12 @@ def _count_touched(ids_TLK, first, last, bits_WLE, touched_LX):  # type: ignore[
 
 @numba.njit(cache=True)
 def _spread(hist_GLE, num_chunks, slot_of_expert_RLE, slots_per_device, num_slots):  # type: ignore[no-untyped-def]
-    """Return pairs_LCRR, experts_LCRR, source_experts_LRR and slot_load_LP from the histograms of the groups."""
+    """Return pairs_LCRR, experts_LCRR, source_experts_LRR and slot_load_LCP from the histograms of the groups."""
     num_devices, num_layers, num_experts = slot_of_expert_RLE.shape
     pairs = np.zeros((num_layers, num_chunks, num_devices, num_devices), np.int64)
     experts = np.zeros_like(pairs)
     source_experts = np.zeros((num_layers, num_devices, num_devices), np.int64)
-    slot_load = np.zeros((num_layers, num_slots), np.int64)
+    slot_load = np.zeros((num_layers, num_chunks, num_slots), np.int64)
     for source in range(num_devices):
         for layer in range(num_layers):
             for e in range(num_experts):
@@ -246,10 +264,10 @@ def _spread(hist_GLE, num_chunks, slot_of_expert_RLE, slots_per_device, num_slot
                     if n > 0:
                         pairs[layer, c, source, destination] += n
                         experts[layer, c, source, destination] += 1
+                        slot_load[layer, c, slot] += n
                         total += n
                 if total > 0:
                     source_experts[layer, source, destination] += 1
-                    slot_load[layer, slot] += total
     return pairs, experts, source_experts, slot_load
 
 

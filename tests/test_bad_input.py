@@ -198,6 +198,8 @@ VALUES = {
     "device holds a slice of every expert; leave it out",
     "parallelism.kind=tp transmission.mode=async": 'transmission.mode: "async" has no meaning under tp, where every '
     "device holds a slice of every expert; leave it out",
+    "parallelism.kind=tp transmission.overlap_shared=true": "transmission.overlap_shared: true has no meaning under "
+    "tp, where every device holds a slice of every expert; leave it out",
     "parallelism.kind=dp homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under dp, where every '
     "device holds the whole model; leave it out",
     # quantities

@@ -218,7 +218,7 @@ def test_engines_agree_where_nothing_waits(kind: str, model: str) -> None:
             assert other[phase]["parts_s"] == pytest.approx(exact[phase]["parts_s"], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", "async", "two_batch"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_on_the_links_are_the_bytes_sent(kind: str, mode: str) -> None:
     transmission = {"mode": mode} if kind not in ("tp", "dp") else {}

@@ -259,7 +259,7 @@ def test_requests_of_different_lengths(tmp_path: Path) -> None:
         writer.write(shuffled)
     spec = scenario(trace=str(tmp_path / "mixed.arrow"), workload={"batch_sizes": [3]})
 
-    prefill, *decode = (given.work for given in step_inputs(assemble(spec), np.array([3, 13, 23]), None))
+    prefill, *decode = (given.works[0] for given in step_inputs(assemble(spec), np.array([3, 13, 23]), None))
     assert prefill.tokens_R.tolist() == [12, 6]
     assert prefill.attention_pairs_R.tolist() == [15 + 28, 21]  # n (n + 1) / 2
     assert prefill.outputs_R.tolist() == [2, 1]

@@ -31,12 +31,14 @@ from epsim.sim import (
     simpy_engine,
     simulate_step,
 )
+from epsim.sim.engine import Execution
 from epsim.sim.slices import slices_of
 from epsim.sim.step import Mode
+from epsim.sim.task_graph import Kind
 from epsim.traffic import Dedup, MessageFormat, TrafficCounter
 
 FIDELITIES: tuple[Fidelity, ...] = ("event", "simpy", "analytic")
-MODES: tuple[Mode, ...] = ("sync", "async")
+MODES: tuple[Mode, ...] = ("sync", "async", "two_batch")
 DEDUPS: tuple[Dedup, ...] = ("none", "device", "node")
 PLANNERS: dict[str, Callable[[np.random.Generator, Cluster, Shape], StepPlan]] = {
     "random": random_plan,
@@ -66,12 +68,13 @@ def shapes(draw: st.DrawFn, mode: Mode, dedup: Dedup, num_devices: int, densitie
         mode=mode,
         dedup=dedup,
         num_layers=draw(st.integers(1, 3)),
-        num_chunks=1 if mode == "sync" else draw(st.integers(1, 5)),
+        num_chunks=draw(st.integers(1, 5)) if mode == "async" else 1,
         num_homes=draw(st.sampled_from(sorted({1, min(2, num_devices), num_devices}))),
         density=draw(st.sampled_from(densities)),
         kv=draw(st.booleans()),
         overlap_kv=draw(st.booleans()),
         some_zeros=draw(st.booleans()),
+        overlap_shared=draw(st.booleans()),
     )
 
 
@@ -113,7 +116,47 @@ def two_devices(bandwidth: float = 10.0, latency: float = 0.5, **link_changes: A
     return make_cluster([device_type()] * 2, [link("d0", "d1", bandwidth, latency, **link_changes)])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_two_batches_by_hand(fidelity: Fidelity) -> None:
+    # Device 0: fronts 0-1 and 1-2. Dispatches of 10 bytes at 10 B/s, 0.5 s latency: sent 1-2 and 2-3, there at 2.5 and
+    # 3.5. Device 1: experts 2.5-4.5 and 4.5-6.5. Results of 10 bytes back at 6 and at 8. Head 8-9.
+    fields: dict[str, Any] = {
+        "attention_s_LR": [[1.0, 0.0]],
+        "experts_s_LR": [[0.0, 2.0]],
+        "dispatch_bytes_LCRR": [[[[0.0, 10.0], [0.0, 0.0]]]],
+        "combine_bytes_LCRR": [[[[0.0, 10.0], [0.0, 0.0]]]],
+    }
+    plan = make_plan("two_batch", head_s_R=[1.0, 0.0], second=make_plan("two_batch", **fields), **fields)
+    result, _ = simulate_step(plan, two_devices(), fidelity)
+    assert result.end_s == pytest.approx(9.0)
+    assert parts_of(result, 0) == {"attention": 2.0, "head": 1.0, "combine": 6.0}
+    assert parts_of(result, 1) == {"experts": 4.0, "dispatch": 2.5, "waiting": 2.5}
+    # In mode sync, both at once: front 0-2, dispatch until 4.5, experts until 8.5, combine until 11, head until 12.
+    whole = {
+        name: [[2 * x for x in values[0]]] if "_s_" in name else 2 * np.array(values) for name, values in fields.items()
+    }
+    assert simulate_step(make_plan("sync", head_s_R=[1.0, 0.0], **whole), two_devices(), fidelity)[0].end_s == 12.0
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_shared_experts_while_the_dispatch_travels(fidelity: Fidelity) -> None:
+    # Front until 1; dispatch of 20 bytes until 3.5; meanwhile shared experts until 3 on device 0 (2 s) and until 4 on
+    # device 1 (3 s): routed experts 3.5-4.5 and 4-6. Back (10 bytes) at 7.5. Not overlapped: 3.5-6.5 and 3.5-8.5; 10.
+    fields: dict[str, Any] = {
+        "attention_s_LR": [[1.0, 1.0]],
+        "shared_s_LR": [[2.0, 3.0]],
+        "experts_s_LR": [[1.0, 2.0]],
+        "dispatch_bytes_LCRR": [[[[0.0, 20.0], [0.0, 0.0]]]],
+        "combine_bytes_LCRR": [[[[0.0, 10.0], [0.0, 0.0]]]],
+    }
+    result, _ = simulate_step(make_plan("sync", overlap_shared=True, **fields), two_devices(), fidelity)
+    assert result.end_s == pytest.approx(7.5)
+    assert parts_of(result, 0) == {"attention": 1.0, "experts": 3.0, "dispatch": 0.5, "waiting": 1.5, "combine": 1.5}
+    assert parts_of(result, 1) == {"attention": 1.0, "experts": 5.0, "combine": 1.5}
+    assert simulate_step(make_plan("sync", **fields), two_devices(), fidelity)[0].end_s == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 def test_a_layer_takes_as_long_as_its_host_needs(fidelity: Fidelity, mode: Mode) -> None:
     # Device 0 computes 1 s and device 1 2 s in each of two layers. Host 0 needs 5 s for layer 0 and 1 s for layer 1,
@@ -289,7 +332,7 @@ def test_planner_by_hand() -> None:
     for dedup in DEDUPS:
         transmission = Transmission(mode="async", dedup=dedup, num_chunks=1, message_format=form, overlap_kv=True)
         planner = StepPlanner(model, cluster, RooflineCost(model, cluster), transmission)
-        plans[dedup] = planner.plan(work, traffic, kv_tokens_RR)
+        plans[dedup] = planner.plan((work,), traffic, kv_tokens_RR)
     # To device 1: 1 pair, 1 token. To device 2: 3 pairs, 2 tokens.
     assert plans["none"].dispatch_bytes_LCRR[0, 0].tolist() == [[0, 11, 33], [0, 0, 0], [0, 0, 0]]
     assert plans["none"].combine_bytes_LCRR[0, 0].tolist() == [[0, 4, 12], [0, 0, 0], [0, 0, 0]]
@@ -308,7 +351,7 @@ def test_planner_by_hand() -> None:
     # Remote: 1 pair on 1 expert, 12 + 8 bytes; 3 pairs on 2 experts, 24 + 24 bytes.
     assert plan.remote_s_LCRR[0, 0, 0].tolist() == pytest.approx([0, 2, 4.8])
     sync = Transmission(mode="sync", dedup="none", num_chunks=1, message_format=form, overlap_kv=True)
-    together = StepPlanner(model, cluster, RooflineCost(model, cluster), sync).plan(work, traffic, kv_tokens_RR)
+    together = StepPlanner(model, cluster, RooflineCost(model, cluster), sync).plan((work,), traffic, kv_tokens_RR)
     assert together.experts_s_LR[0].tolist() == pytest.approx([4, 2, 4.8])
     # Two cached tokens move to device 1 (the five that stay do not): 2 * 4 bytes for the MoE layer and the dense one.
     assert plan.kv_bytes_LRR[0].tolist() == [[0, 16, 0], [0, 0, 0], [0, 0, 0]]
@@ -336,10 +379,10 @@ def test_async_decode_can_lose_by_reading_weights_twice() -> None:
     )  # fmt: skip
     form = MessageFormat(dispatch_vector_bytes=4.0, combine_vector_bytes=4.0, pair_bytes=0.0)
     end_s = {}
-    for mode in MODES:
+    for mode in ("sync", "async"):
         transmission = Transmission(mode=mode, dedup="device", num_chunks=1, message_format=form, overlap_kv=True)
         plan = StepPlanner(model, cluster, RooflineCost(model, cluster), transmission).plan(
-            work, traffic, np.zeros((2, 2), np.int64)
+            (work,), traffic, np.zeros((2, 2), np.int64)
         )
         end_s[mode] = simulate_step(plan, cluster, "event")[0].end_s
     assert end_s["async"] - end_s["sync"] == pytest.approx(4.0 - 2.8 - 4e-6, abs=1e-9)
@@ -367,10 +410,10 @@ def test_uncontended_step_equals_closed_form(mode: Mode, dedup: Dedup, planner: 
         plan = PLANNERS[planner](rng, cluster, data.draw(shapes(mode, dedup, size[0], (0.1, 0.3, 0.05, 1.0))))
         result, execution = simulate_step(plan, cluster, "event")
         # Flows that use a link one after the other do not contend either, but the closed form shares it among them.
-        if result.contended or flows_meet(plan, cluster):
+        assert execution is not None
+        if result.contended or flows_meet(plan, cluster) or waits_for_an_earlier_layer(execution):
             return
         assert_same_result(result, simulate_step(plan, cluster, "analytic")[0])
-        assert execution is not None
         if plan.dispatch_bytes_LCRR.any():
             compared["steps"] += 1
             compared["chunks"] += len(set(np.nonzero(plan.dispatch_bytes_LCRR)[1])) > 1
@@ -382,9 +425,22 @@ def test_uncontended_step_equals_closed_form(mode: Mode, dedup: Dedup, planner: 
     check()
     assert compared["steps"] >= 40, compared
     assert compared["several homes"] >= 4, compared
-    assert min(compared["kv"], compared["staging"]) >= 2, compared
-    assert mode == "sync" or compared["chunks"] >= 10, compared
+    assert compared["staging"] >= 2, compared
+    assert compared["kv"] >= 1, compared
+    assert mode != "async" or compared["chunks"] >= 10, compared
     assert dedup != "node" or compared["through a gateway"] >= 10, compared
+
+
+def waits_for_an_earlier_layer(execution: Execution) -> bool:
+    """Whether a message waited for one of its own flow from the layer before: exchanges that meet."""
+    graph, run = execution.graph, execution.run
+    for flow in range(graph.num_flows):
+        messages = np.flatnonzero((graph.kind_N == Kind.MESSAGE) & (graph.flow_N == flow))
+        messages = messages[np.argsort(run.start_s_N[messages])]
+        for before, after in pairwise(messages):
+            if graph.layer_N[before] != graph.layer_N[after] and run.start_s_N[after] < run.end_s_N[before]:
+                return True
+    return False
 
 
 def test_flows_that_take_turns_on_a_link_are_late_in_closed_form() -> None:
@@ -479,7 +535,7 @@ def test_dedup_sends_less(seed: int, mode: Mode, size: tuple[int, int]) -> None:
         cluster = mesh(rng, *size)
         shape = Shape(
             mode=mode, dedup=dedup, num_layers=2, num_chunks=1, num_homes=size[0], density=1.0, kv=False,
-            overlap_kv=True, some_zeros=False,
+            overlap_kv=True, some_zeros=False, overlap_shared=False,
         )  # fmt: skip
         delivered_RR = simulate_step(routed_plan(rng, cluster, shape), cluster, "event")[0].delivered_bytes_RR
         node_R = cluster.node_of_device_R
@@ -495,7 +551,7 @@ def test_same_plan_same_result() -> None:
     cluster = fabric(rng, 6, 2)
     shape = Shape(
         mode="async", dedup="node", num_layers=2, num_chunks=3, num_homes=6, density=1.0, kv=True, overlap_kv=True,
-        some_zeros=False,
+        some_zeros=False, overlap_shared=False,
     )  # fmt: skip
     plan = random_plan(rng, cluster, shape)
     for fidelity in FIDELITIES:
@@ -654,7 +710,7 @@ def test_plan_checks_its_shapes() -> None:
     chunks: dict[str, Any] = {
         name: np.zeros((1, 2, 2, 2)) for name in ("remote_s_LCRR", "dispatch_bytes_LCRR", "combine_bytes_LCRR")
     }
-    with pytest.raises(ValueError, match="exactly one chunk in mode sync"):
+    with pytest.raises(ValueError, match="exactly one chunk except in mode async"):
         make_plan("sync", **chunks)
 
 

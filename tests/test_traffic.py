@@ -81,7 +81,7 @@ def test_counts_are_consistent(case: Case) -> None:
     num_tokens, num_layers, topk = ids_TLK.shape
     traffic = TrafficCounter(placement, num_chunks).count(ids_TLK, home_T)
     assert (traffic.pairs_LCRR.sum(axis=(1, 2, 3)) == num_tokens * topk).all()
-    assert (traffic.slot_load_LP.sum(axis=1) == num_tokens * topk).all()
+    assert (traffic.slot_load_LCP.sum(axis=(1, 2)) == num_tokens * topk).all()
     per_home_R = np.bincount(home_T, minlength=placement.num_devices)
     np.testing.assert_array_equal(traffic.pairs_LCRR.sum(axis=(1, 3)), np.tile(topk * per_home_R, (num_layers, 1)))
     np.testing.assert_array_equal(traffic.device_pairs_LR, traffic.pairs_LCRR.sum(axis=(1, 2)))
@@ -100,12 +100,25 @@ def test_chunks_add_up(case: Case) -> None:
     ids_TLK, home_T, placement, num_chunks = case
     whole = TrafficCounter(placement).count(ids_TLK, home_T)
     cut = TrafficCounter(placement, num_chunks).count(ids_TLK, home_T)
-    for name in ("pairs_LCRR", "tokens_LCRR", "node_tokens_LCRN"):
+    for name in ("pairs_LCRR", "tokens_LCRR", "node_tokens_LCRN", "slot_load_LCP"):
         np.testing.assert_array_equal(getattr(cut, name).sum(axis=1, keepdims=True), getattr(whole, name))
-    for name in ("source_experts_LRR", "slot_load_LP"):
-        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name))
+    np.testing.assert_array_equal(cut.source_experts_LRR, whole.source_experts_LRR)
     per_chunk_CR = cut.pairs_LCRR[0].sum(axis=2) // ids_TLK.shape[2]
     assert (np.ptp(per_chunk_CR, axis=0) <= 1).all()
+
+
+@PROPERTY
+@given(case=cases())
+def test_a_chunk_is_the_traffic_of_its_tokens(case: Case) -> None:
+    ids_TLK, home_T, placement, num_chunks = case
+    order_T = np.argsort(home_T, kind="stable")
+    counter = TrafficCounter(placement, num_chunks)
+    traffic, chunk_T = counter.count(ids_TLK, home_T), counter.chunk_of_token_T(home_T[order_T])
+    for chunk in range(num_chunks):
+        own_T = order_T[chunk_T == chunk]
+        alone, part = TrafficCounter(placement).count(ids_TLK[own_T], home_T[own_T]), traffic.of_chunk(chunk)
+        for name in (*vars(alone), "device_experts_LR"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(alone, name), err_msg=name)
 
 
 @PROPERTY
@@ -135,7 +148,7 @@ def test_one_chunk_by_hand() -> None:
     assert traffic.node_tokens_LCRN[0, 0].tolist() == [[2, 2], [0, 0], [2, 1]]
     assert traffic.experts_LCRR[0, 0].tolist() == [[2, 1, 2], [0, 0, 0], [2, 1, 1]]
     assert traffic.source_experts_LRR[0].tolist() == [[2, 1, 2], [0, 0, 0], [2, 1, 1]]
-    assert traffic.slot_load_LP[0].tolist() == [2, 2, 2, 0, 2, 2]
+    assert traffic.slot_load_LCP[0].tolist() == [[2, 2, 2, 0, 2, 2]]
     assert traffic.device_pairs_LR[0].tolist() == [4, 2, 4]
     assert traffic.device_experts_LR[0].tolist() == [2, 1, 2]
 
@@ -184,5 +197,5 @@ def test_a_step_without_tokens() -> None:
 def test_experts_above_255_keep_their_number() -> None:
     placement = make_placement([list(range(600))], [0, 0], 600)
     traffic = TrafficCounter(placement).count(np.array([[[299, 300, 555]]], np.uint16), np.zeros(1, np.int32))
-    assert np.flatnonzero(traffic.slot_load_LP[0]).tolist() == [299, 300, 555]
+    assert np.flatnonzero(traffic.slot_load_LCP[0, 0]).tolist() == [299, 300, 555]
     assert traffic.pairs_LCRR[0, 0].tolist() == [[1, 2], [0, 0]]

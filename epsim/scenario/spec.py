@@ -149,11 +149,12 @@ class HomesSpec(StrictModel):
 class TransmissionSpec(StrictModel):
     """How tokens travel. `num_chunks` is for async: each rank's tokens leave in that many messages per destination."""
 
-    mode: Literal["sync", "async"] = "sync"
+    mode: Literal["sync", "async", "two_batch"] = "sync"
     num_chunks: Annotated[int, Field(gt=0, le=64)] = 1
     dedup: Literal["none", "device", "node"] = "device"
     dispatch_dtype: Literal["bf16", "fp8"] = "bf16"
     combine_dtype: Literal["bf16", "fp8"] = "bf16"
+    overlap_shared: bool = False
 
 
 class SloSpec(StrictModel):

@@ -4,6 +4,8 @@ Work is laid out as a rank's program runs it: layer by layer, in `async` mode wi
 N tasks (nodes in _LCRN), L MoE layers, C chunks, R devices.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 from epsim.sim.step import StepPlan
@@ -19,31 +21,40 @@ def build_graph(plan: StepPlan) -> TaskGraph:
     heads_R = b.compute(Work.HEAD, np.full_like(device_R, plan.num_layers), device_R, device_R, plan.head_s_R)
     starts_LR = np.concatenate((fronts_LR, heads_R[None]))
     _add_hosts(b, plan, starts_LR)
-    _add_kv(b, plan, fronts_LR, heads_R)
-    if plan.mode == "sync":
-        local_LR, barriers_LX = _add_sync(b, plan, starts_LR)
-    else:
-        local_LR, barriers_LX = _add_async(b, plan, starts_LR), np.zeros((0, 4), dtype=np.int64)
-    return b.finish(starts_LR, local_LR, barriers_LX)
+    add = {"sync": _add_sync, "async": _add_async, "two_batch": _add_two_batch}[plan.mode]
+    program_LXR, barriers_LX = add(b, plan, starts_LR)
+    return b.finish(starts_LR, program_LXR, barriers_LX)
 
 
 def _add_hosts(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> None:
     """What the host still needs to launch a layer when its front is done; the next front waits for it."""
-    left_s_LR = plan.host_s_LR - plan.front_s_LR
+    left_s_LR = plan.hosts_s_LR - plan.front_s_LR
     layer, device = np.nonzero(left_s_LR > 0)
     hosts = b.compute(Work.HOST, layer, plan.num_devices + device, device, left_s_LR[layer, device])
     b.edge(starts_LR[layer, device], hosts)
     b.edge(hosts, starts_LR[layer + 1, device])
 
 
+def _add_experts(b: GraphBuilder, plan: StepPlan, layer_LR: Ints, device_LR: Ints) -> list[Ints]:
+    """Add what a device computes between a front and the next: shared experts, if they overlap, and the routed ones."""
+    if not plan.overlap_shared:
+        return [b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, plan.experts_s_LR + plan.shared_s_LR)]
+    shared_LR = b.compute(Work.SHARED, layer_LR, device_LR, device_LR, plan.shared_s_LR)
+    return [shared_LR, b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, plan.experts_s_LR)]
+
+
 def _add_sync(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
     """Barriers between attention, dispatch, experts and combine of every layer, as collectives make them."""
     layers, devices = np.indices((plan.num_layers, plan.num_devices))
+    _add_kv(b, plan, starts_LR[:-1], starts_LR[-1])
     barriers_LX = b.barriers(np.indices((plan.num_layers, 4))[0])
     after_front, after_dispatch, after_experts, after_combine = barriers_LX.T
-    experts_LR = b.compute(Work.EXPERTS, layers, devices, devices, plan.experts_s_LR + plan.shared_s_LR)
+    between = _add_experts(b, plan, layers, devices)
+    experts_LR = between[-1]
     b.edge(starts_LR[:-1], after_front[:, None])
     b.edge(after_front, after_dispatch)
+    b.edge(after_front[:, None], between[0])
+    _chain(b, between)
     b.edge(after_dispatch[:, None], experts_LR)
     b.edge(experts_LR, after_experts[:, None])
     b.edge(after_experts, after_combine)
@@ -52,12 +63,19 @@ def _add_sync(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, I
     b.edge(delivery, after_dispatch[index[0]])
     returned_layer, _, returned = _add_combine(b, plan, index, after_experts[index[0]])
     b.edge(returned, after_combine[returned_layer])
-    return experts_LR, barriers_LX
+    return np.stack([starts_LR[:-1], *between], axis=1), barriers_LX
 
 
-def _add_async(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> Ints:
+def _chain(b: GraphBuilder, tasks: list[Ints]) -> None:
+    """Each of the tasks follows the one before it, layer by layer and device by device."""
+    for before, after in pairwise(tasks):
+        b.edge(before, after)
+
+
+def _add_async(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
     """No barrier: local experts at once, remote tokens as they arrive, results home as they are ready."""
     layers, devices = np.indices((plan.num_layers, plan.num_devices))
+    _add_kv(b, plan, starts_LR[:-1], starts_LR[-1])
     local_s_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
     local_LR = b.compute(Work.EXPERTS, layers, devices, devices, local_s_LR)
     b.edge(starts_LR[:-1], local_LR)
@@ -72,7 +90,36 @@ def _add_async(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> Ints:
     b.edge(remote, starts_LR[layer + 1, destination])
     returned_layer, home, returned = _add_combine(b, plan, index, remote)
     b.edge(returned, starts_LR[returned_layer + 1, home])
-    return local_LR
+    return np.stack([starts_LR[:-1], local_LR], axis=1), np.zeros((0, 4), dtype=np.int64)
+
+
+def _add_two_batch(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
+    """Two micro-batches in turn on every device, no barrier: front 1, front 2, experts 1, experts 2 of each layer.
+
+    While one's tokens travel the other computes (DeepSeek-V3, arXiv:2412.19437, section 3.4).
+    """
+    assert plan.second is not None
+    layers, devices = np.indices((plan.num_layers, plan.num_devices))
+    b.batch = 1
+    second_LR = b.compute(Work.FRONT, layers, devices, devices, plan.second.front_s_LR)
+    fronts = starts_LR[:-1], second_LR
+    starts = starts_LR, np.concatenate((second_LR, starts_LR[-1:]))
+    b.batch = 0
+    _add_kv(b, plan, second_LR, starts_LR[-1])
+    shared, experts = [], []
+    for b.batch, part in enumerate(plan.batches):
+        *overlapped, experts_LR = _add_experts(b, part, layers, devices)
+        shared.append(overlapped)
+        experts.append(experts_LR)
+    program = [fronts[0], *shared[0], fronts[1], *shared[1], *experts]
+    _chain(b, program)
+    b.edge(program[-1], starts_LR[1:])
+    for b.batch, part in enumerate(plan.batches):
+        index, delivery = _add_dispatch(b, part, fronts[b.batch])
+        b.edge(delivery, experts[b.batch][index[0], index[3]])
+        layer, home, returned = _add_combine(b, part, index, experts[b.batch][index[0], index[3]])
+        b.edge(returned, starts[b.batch][layer + 1, home])
+    return np.stack(program, axis=1), np.zeros((0, 4), dtype=np.int64)
 
 
 def _add_dispatch(b: GraphBuilder, plan: StepPlan, ready_LR: Ints) -> tuple[tuple[Ints, ...], Ints]:

@@ -3,7 +3,8 @@
 Letters: L MoE layers, C chunks, R devices, N nodes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,17 @@ from epsim.traffic import Counts, Dedup, MessageFormat, StepTraffic
 
 @dataclass(frozen=True, kw_only=True)
 class Transmission:
-    """How tokens travel: the mode, dedup, the number of chunks (1 in mode sync), the bytes, and KV overlap."""
+    """How tokens travel: the mode, dedup, the bytes, and what overlaps.
+
+    num_chunks: 1 in mode sync, the two micro-batches in mode two_batch.
+    """
 
     mode: Mode
     dedup: Dedup
     num_chunks: int
     message_format: MessageFormat
     overlap_kv: bool
+    overlap_shared: bool = False
 
 
 class StepPlanner:
@@ -43,8 +48,18 @@ class StepPlanner:
             gateways = [[cluster.gateway(r, n) for n in range(cluster.num_nodes)] for r in range(cluster.num_devices)]
             self._gateway_RN = np.array(gateways, dtype=np.int32)
 
-    def plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
-        """Return the plan of a step; kv_tokens_RR: tokens whose KV cache moves from device to device after it."""
+    def plan(self, works: Sequence[HomeWork], traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
+        """Return the plan of a step; kv_tokens_RR: tokens whose KV cache moves from device to device after it.
+
+        works: what the home tokens ask for; in mode two_batch of each micro-batch, the chunks of the traffic.
+        """
+        if self._transmission.mode != "two_batch":
+            return self._plan(works[0], traffic, kv_tokens_RR)
+        first = self._plan(works[0], traffic.of_chunk(0), kv_tokens_RR)
+        second = self._plan(works[1], traffic.of_chunk(1), np.zeros_like(kv_tokens_RR))
+        return replace(first, second=second)
+
+    def _plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
         messages, num_layers = self._messages(traffic), traffic.pairs_LCRR.shape[0]
         return StepPlan(
             mode=self._transmission.mode,
@@ -56,6 +71,8 @@ class StepPlanner:
             node_of_device_R=self._node_of_device_R,
             kv_bytes_LRR=self._kv_bytes(kv_tokens_RR, num_layers),
             overlap_kv=self._transmission.overlap_kv,
+            overlap_shared=self._transmission.overlap_shared,
+            second=None,
         )
 
     def served_pairs_LR(self, traffic: StepTraffic) -> Counts:

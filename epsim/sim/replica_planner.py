@@ -10,6 +10,7 @@ all-gather. Devices alone have nothing to send and a plan layer per layer of the
 Letters: L layers of the plan, C chunks, R devices, N nodes.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,11 +45,11 @@ class ReplicaPlanner:
         if group_size > 1:
             self._barrier_factor_R += [device.barrier_slowdown_frac for device in cluster.devices]
 
-    def plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
-        """Return the plan of a step; kv_tokens_RR: off its diagonal nothing, as a request stays in its replica."""
+    def plan(self, works: Sequence[HomeWork], traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
+        """Return the plan of a step; works: only one. kv_tokens_RR: nothing off its diagonal, as no request moves."""
         if (kv_tokens_RR * (1 - np.eye(len(kv_tokens_RR)))).any():
             raise ValueError("kv_tokens_RR moves requests between replicas")
-        work = self._of_group(work)
+        (work,) = map(self._of_group, works)
         bytes_LCRR = self._exchange_bytes(work.tokens_R)
         zeros_LR = np.zeros((len(bytes_LCRR), len(self._leader_R)))
         nodes_LCRN = np.zeros((*bytes_LCRR.shape[:3], int(self._node_of_device_R.max()) + 1))
@@ -70,6 +71,8 @@ class ReplicaPlanner:
             node_of_device_R=self._node_of_device_R,
             kv_bytes_LRR=np.zeros_like(bytes_LCRR[:, 0]),
             overlap_kv=False,
+            overlap_shared=False,
+            second=None,
         )
 
     def served_pairs_LR(self, traffic: StepTraffic) -> Counts:

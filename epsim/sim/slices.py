@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from epsim.sim.engine import Execution
+from epsim.sim.step import StepPlan
 from epsim.sim.task_graph import Kind, Work
 
 Track = Literal["compute", "host", "tx", "rx"]
@@ -13,6 +14,7 @@ Track = Literal["compute", "host", "tx", "rx"]
 _NAMES = {
     Work.EXPERTS: "experts",
     Work.REMOTE_EXPERTS: "experts for",
+    Work.SHARED: "shared experts",
     Work.HEAD: "head",
     Work.DISPATCH: "dispatch",
     Work.FORWARD: "forward",
@@ -57,7 +59,7 @@ def _compute_slices(execution: Execution, task: int, offset_s: float) -> list[Sl
     start_s, end_s = offset_s + float(run.start_s_N[task]), offset_s + float(run.end_s_N[task])
     layer, device, work = int(graph.layer_N[task]), int(graph.source_N[task]), Work(int(graph.work_N[task]))
     if work == Work.FRONT:
-        return _front_slices(execution, layer, device, start_s)
+        return _front_slices(execution.plan.batches[graph.batch_N[task]], layer, device, start_s)
     if not graph.duration_s_N[task]:
         return []
     origin = int(graph.origin_N[task])
@@ -94,8 +96,8 @@ def _message_slices(execution: Execution, task: int, message_id: str, offset_s: 
     return tx, replace(tx, device=destination, track="rx", peer=source, start_s=arrival[0], end_s=arrival[1])
 
 
-def _front_slices(execution: Execution, layer: int, device: int, start_s: float) -> list[Slice]:
-    plan, slices = execution.plan, []
+def _front_slices(plan: StepPlan, layer: int, device: int, start_s: float) -> list[Slice]:
+    slices = []
     parts = [
         ("vision", plan.vision_s_R[device] if layer == 0 else 0.0),
         ("attention", plan.attention_s_LR[layer, device]),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-Mode = Literal["sync", "async"]
+Mode = Literal["sync", "async", "two_batch"]
 
 COMPUTE_PARTS = ("vision", "attention", "dense_ffn", "router", "experts", "copy", "head")
 PARTS = (*COMPUTE_PARTS, "dispatch", "combine", "host", "waiting")
@@ -28,13 +28,16 @@ class StepPlan:
     (tensor and data parallelism). shared_s_LR: shared experts, at the home. host_s_LR: the least time from the start of
     a layer to the start of the next, which the host needs to launch it. copy_s_LR: what transfers take from the compute
     of a home in mode async, before its local experts.
-    experts_s_LR: routed experts of a device in one kernel (mode sync). local_s_LR: those for its own home tokens, and
+    experts_s_LR: routed experts of a device in one kernel (sync, two_batch). local_s_LR: those for its own tokens, and
     remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
     dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the
     diagonal. With node-level dedup (`gateway_RN` given) they cross a node boundary only inside
     node_dispatch_bytes_LCRN and node_combine_bytes_LCRN, and travel between gateway and d on the far side.
     kv_bytes_LRR: KV cache from prefill home to decode home, per MoE layer (leading dense layers with the first).
     overlap_kv: each layer's KV cache leaves with the dispatch of its home; else all of it when that device is done.
+    overlap_shared: shared experts are computed while the dispatch travels, not with the routed ones (in mode async they
+    always are). second: in mode two_batch, the plan of the other micro-batch (its second is None); vision, head and KV
+    cache are in the first.
     """
 
     mode: Mode
@@ -58,11 +61,15 @@ class StepPlan:
     node_of_device_R: npt.NDArray[np.int32]
     kv_bytes_LRR: Floats
     overlap_kv: bool
+    overlap_shared: bool = False
+    second: "StepPlan | None" = None
 
     def __post_init__(self) -> None:
         num_layers, num_chunks, num_devices, _ = self.dispatch_bytes_LCRR.shape
-        if num_layers == 0 or (self.mode == "sync" and num_chunks != 1):
-            raise ValueError("a step needs at least one MoE layer, and exactly one chunk in mode sync")
+        if num_layers == 0 or (self.mode != "async" and num_chunks != 1):
+            raise ValueError("a step needs at least one layer, and exactly one chunk except in mode async")
+        if self.second is not None and (self.mode != "two_batch" or self.second.second is not None):
+            raise ValueError("only a plan in mode two_batch has a second, and that has none")
         layers, chunks, devices = num_layers, num_chunks, num_devices
         nodes = self.node_dispatch_bytes_LCRN.shape[-1]
         shape_of = {"_s_R": (devices,), "_LR": (layers, devices), "_LRR": (layers, devices, devices)}
@@ -82,6 +89,16 @@ class StepPlan:
         return int(self.dispatch_bytes_LCRR.shape[2])
 
     @property
+    def batches(self) -> tuple["StepPlan", ...]:
+        """The plans of the micro-batches: this one, and in mode two_batch the second."""
+        return (self,) if self.second is None else (self, self.second)
+
+    @property
+    def hosts_s_LR(self) -> Floats:
+        """What the host needs to launch a layer of all micro-batches."""
+        return self.host_s_LR if self.second is None else self.host_s_LR + self.second.host_s_LR
+
+    @property
     def front_s_LR(self) -> Floats:
         """What a device computes in a layer before its dispatch."""
         front_s_LR = self.attention_s_LR + self.dense_ffn_s_LR + self.router_s_LR + self.home_experts_s_LR
@@ -97,12 +114,11 @@ class StepPlan:
     def compute_s_PR(self) -> Floats:
         """Seconds that each device computes for each of COMPUTE_PARTS, [7, R]."""
         copy_s_R = np.zeros(self.num_devices)
-        if self.mode == "sync":
-            experts_s_R = self.experts_s_LR.sum(axis=0)
-        else:
+        experts_s_R = self.experts_s_LR.sum(axis=0)
+        if self.mode == "async":
             experts_s_R = self.local_s_LR.sum(axis=0) + self.remote_s_LCRR.sum(axis=(0, 1, 2))
             copy_s_R = self.copy_s_LR.sum(axis=0)
-        return np.stack(
+        seconds_PR = np.stack(
             [
                 self.vision_s_R,
                 self.attention_s_LR.sum(axis=0),
@@ -113,6 +129,7 @@ class StepPlan:
                 self.head_s_R,
             ]
         )
+        return seconds_PR if self.second is None else seconds_PR + self.second.compute_s_PR()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ class Work(IntEnum):
     KV = 8
     BARRIER = 9
     HOST = 10
+    SHARED = 11
 
 
 _MESSAGE_WORKS = (Work.DISPATCH, Work.FORWARD, Work.GATHER, Work.COMBINE, Work.KV)
@@ -46,11 +47,12 @@ class TaskGraph:
     """Arrays over tasks; edges in compressed rows: task n enables successors[successor_start[n] : .. n + 1].
 
     kind_N, work_N: `Kind` and `Work`. layer_N. source_N, destination_N: the device of a compute task twice, the two
-    ends of a message. origin_N: the device whose tokens these are. duration_s_N: of compute tasks. bytes_N, flow_N: of
-    messages; the messages of a flow keep their order on the wire.
-    fronts_LR, local_LR: ids of the front tasks (for l = L the heads) and of the tasks that follow a dispatch
-    (in mode sync all experts, in mode async the local ones). barriers_LX: ids of the four barriers of a layer
-    (attention, dispatch, experts, combine), empty in mode async.
+    ends of a message. origin_N: the device whose tokens these are. batch_N: the micro-batch, 0 or 1. duration_s_N: of
+    compute tasks. bytes_N, flow_N: of messages; the messages of a flow keep their order on the wire.
+    fronts_LR: ids of the (first micro-batch's) front tasks, for l = L the heads. program_LXR: ids of a layer's compute
+    tasks on a device in their order, the front first; X of them: front, shared experts where they overlap, and the
+    experts that follow a dispatch (in mode async the local ones), for both micro-batches in turn. barriers_LX: ids of
+    the four barriers of a layer (attention, dispatch, experts, combine), empty except in mode sync.
     """
 
     kind_N: Ints
@@ -59,6 +61,7 @@ class TaskGraph:
     source_N: Ints
     destination_N: Ints
     origin_N: Ints
+    batch_N: Ints
     duration_s_N: Floats
     bytes_N: Floats
     flow_N: Ints
@@ -67,15 +70,16 @@ class TaskGraph:
     num_predecessors_N: Ints
     num_flows: int
     fronts_LR: Ints
-    local_LR: Ints
+    program_LXR: Ints
     barriers_LX: Ints
 
 
 @dataclass
 class GraphBuilder:
-    """Collects tasks and edges array by array."""
+    """Collects tasks and edges array by array; what is added belongs to micro-batch `batch`."""
 
     num_devices: int
+    batch: int = 0
     columns: list[dict[str, npt.NDArray[np.generic]]] = field(default_factory=list)
     edges: list[tuple[Ints, Ints]] = field(default_factory=list)
     num_tasks: int = 0
@@ -85,7 +89,7 @@ class GraphBuilder:
         shape = np.shape(layer)
         full = {
             "kind": kind, "work": work, "layer": layer, "source": source, "destination": destination,
-            "origin": origin, "duration_s": duration_s, "bytes": num_bytes,
+            "origin": origin, "batch": self.batch, "duration_s": duration_s, "bytes": num_bytes,
         }  # fmt: skip
         self.columns.append({name: np.broadcast_to(np.asarray(v), shape).reshape(-1) for name, v in full.items()})
         ids = self.num_tasks + np.arange(np.prod(shape, dtype=int)).reshape(shape)
@@ -108,7 +112,7 @@ class GraphBuilder:
         pairs = np.broadcast_arrays(before, after)
         self.edges.append((pairs[0].reshape(-1), pairs[1].reshape(-1)))
 
-    def finish(self, fronts_LR: Ints, local_LR: Ints, barriers_LX: Ints) -> TaskGraph:
+    def finish(self, fronts_LR: Ints, program_LXR: Ints, barriers_LX: Ints) -> TaskGraph:
         column = {name: np.concatenate([part[name] for part in self.columns]) for name in self.columns[0]}
         before = np.concatenate([e[0] for e in self.edges])
         after = np.concatenate([e[1] for e in self.edges])
@@ -132,6 +136,7 @@ class GraphBuilder:
             source_N=source,
             destination_N=destination,
             origin_N=origin,
+            batch_N=column["batch"].astype(np.int64),
             duration_s_N=column["duration_s"].astype(np.float64),
             bytes_N=column["bytes"].astype(np.float64),
             flow_N=flow_N,
@@ -140,6 +145,6 @@ class GraphBuilder:
             num_predecessors_N=np.bincount(after, minlength=self.num_tasks).astype(np.int64),
             num_flows=len(used),
             fronts_LR=fronts_LR,
-            local_LR=local_LR,
+            program_LXR=program_LXR,
             barriers_LX=barriers_LX,
         )

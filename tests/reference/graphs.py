@@ -31,6 +31,7 @@ def released_messages(
         source_N=source_N,
         destination_N=np.append(source_N[:count], [destination for _, destination in ends]).astype(np.int64),
         origin_N=source_N,
+        batch_N=np.zeros(2 * count, np.int64),
         duration_s_N=np.array([*gaps_s, *zeros], np.float64),
         bytes_N=np.array([*zeros, *num_bytes], np.float64),
         flow_N=np.array([*zeros, *flows], np.int64),
@@ -41,6 +42,6 @@ def released_messages(
         num_predecessors_N=num_predecessors,
         num_flows=max(flows) + 1,
         fronts_LR=np.zeros((0, 0), np.int64),
-        local_LR=np.zeros((0, 0), np.int64),
+        program_LXR=np.zeros((0, 2, 0), np.int64),
         barriers_LX=np.zeros((0, 4), np.int64),
     )

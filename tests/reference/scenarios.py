@@ -4,7 +4,7 @@ Times are around a second and messages some segments long, so that compute, link
 Letters as in `epsim.sim.step`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,10 +95,20 @@ class Shape:
     kv: bool
     overlap_kv: bool
     some_zeros: bool
+    overlap_shared: bool
 
 
 def random_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
     """Return a step with random durations and bytes, not tied to any routing."""
+    plan = _random_plan(rng, cluster, shape)
+    if shape.mode != "two_batch":
+        return plan
+    idle = np.zeros(cluster.num_devices)
+    second = _random_plan(rng, cluster, replace(shape, kv=False))
+    return replace(plan, second=replace(second, vision_s_R=idle, head_s_R=idle))
+
+
+def _random_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
     num_devices, num_nodes = cluster.num_devices, cluster.num_nodes
     layers, chunks = shape.num_layers, shape.num_chunks
     node_R = cluster.node_of_device_R.astype(np.int32)
@@ -139,6 +149,7 @@ def random_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
         node_of_device_R=node_R,
         kv_bytes_LRR=message_bytes(kv_LRR & ~np.eye(num_devices, dtype=bool)),
         overlap_kv=shape.overlap_kv,
+        overlap_shared=shape.overlap_shared,
     )
 
 
@@ -169,17 +180,24 @@ def routed_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
     num_tokens = max(1, int(np.ceil(shape.density * 12)))
     ids_TLE = np.argsort(rng.random((num_tokens, shape.num_layers, num_experts)), axis=2)
     home_T = rng.choice(rng.permutation(num_devices)[: shape.num_homes], num_tokens).astype(np.int32)
-    traffic = TrafficCounter(placement, shape.num_chunks).count(ids_TLE[:, :, :topk].astype(np.uint8), home_T)
-    tokens_R = np.bincount(home_T, minlength=num_devices)
-    work = HomeWork(
-        decode=bool(rng.integers(0, 2)),
-        tokens_R=tokens_R,
-        requests_R=tokens_R,
-        kv_tokens_R=5 * tokens_R,
-        attention_pairs_R=7 * tokens_R,
-        images_R=0 * tokens_R,
-        outputs_R=tokens_R,
-    )
+    home_T.sort()
+    counter = TrafficCounter(placement, 2 if shape.mode == "two_batch" else shape.num_chunks)
+    traffic = counter.count(ids_TLE[:, :, :topk].astype(np.uint8), home_T)
+    decode, works = bool(rng.integers(0, 2)), []
+    for batch in range(2 if shape.mode == "two_batch" else 1):
+        own_T = counter.chunk_of_token_T(home_T) == batch if shape.mode == "two_batch" else np.ones_like(home_T, bool)
+        tokens_R = np.bincount(home_T[own_T], minlength=num_devices)
+        works.append(
+            HomeWork(
+                decode=decode,
+                tokens_R=tokens_R,
+                requests_R=tokens_R,
+                kv_tokens_R=5 * tokens_R,
+                attention_pairs_R=7 * tokens_R,
+                images_R=0 * tokens_R,
+                outputs_R=(1 - batch) * np.bincount(home_T, minlength=num_devices),
+            )
+        )
     form = MessageFormat(
         dispatch_vector_bytes=float(rng.uniform(2, 12)), combine_vector_bytes=float(rng.uniform(2, 12)), pair_bytes=0.25
     )
@@ -189,7 +207,8 @@ def routed_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
         num_chunks=shape.num_chunks,
         message_format=form,
         overlap_kv=shape.overlap_kv,
+        overlap_shared=shape.overlap_shared,
     )
     moves_RR = rng.random((num_devices, num_devices)) < (shape.density if shape.kv else 0.0)
     kv_tokens_RR = rng.integers(1, 9, moves_RR.shape) * moves_RR
-    return StepPlanner(model, cluster, RooflineCost(model, cluster), transmission).plan(work, traffic, kv_tokens_RR)
+    return StepPlanner(model, cluster, RooflineCost(model, cluster), transmission).plan(works, traffic, kv_tokens_RR)

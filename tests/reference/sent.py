@@ -13,6 +13,11 @@ Message = tuple[str, int, int, float]  # exchange, source, destination, bytes
 
 def sent_messages(plan: StepPlan) -> Iterator[Message]:
     """Yield every message of the step: out to the experts, back, and the KV caches."""
+    for batch in plan.batches:
+        yield from _batch_messages(batch)
+
+
+def _batch_messages(plan: StepPlan) -> Iterator[Message]:
     for (layer, chunk, home, device), num_bytes in np.ndenumerate(plan.dispatch_bytes_LCRR):
         if num_bytes == 0:
             continue
@@ -77,7 +82,7 @@ def _ends_with_origin(plan: StepPlan) -> Iterator[tuple[str, int, int, int]]:
             yield exchange, source, destination, -1
     if plan.gateway_RN is None:
         return
-    for layer, _, home, device in np.argwhere(plan.dispatch_bytes_LCRR):
+    for layer, _, home, device in np.concatenate([np.argwhere(part.dispatch_bytes_LCRR) for part in plan.batches]):
         node = plan.node_of_device_R[device]
         gateway = int(plan.gateway_RN[home, node])
         if plan.node_of_device_R[home] != node and gateway != device:

@@ -57,7 +57,7 @@ def count_traffic(
     by_device = (num_layers, num_chunks, num_devices, num_devices)
     pairs, tokens = np.zeros(by_device, np.int64), np.zeros(by_device, np.int64)
     node_tokens = np.zeros((num_layers, num_chunks, num_devices, num_nodes), np.int64)
-    slot_load = np.zeros((num_layers, num_slots), np.int64)
+    slot_load = np.zeros((num_layers, num_chunks, num_slots), np.int64)
     find_slot = slots_of(placement)
     slots_used: defaultdict[tuple[int, int, int, int], set[int]] = defaultdict(set)
     source_slots_used: defaultdict[tuple[int, int, int], set[int]] = defaultdict(set)
@@ -69,7 +69,7 @@ def count_traffic(
                 device = slot // placement.slots_per_device
                 devices.append(device)
                 pairs[layer, chunk, home, device] += 1
-                slot_load[layer, slot] += 1
+                slot_load[layer, chunk, slot] += 1
                 slots_used[layer, chunk, home, device].add(slot)
                 source_slots_used[layer, home, device].add(slot)
             for device in set(devices):
@@ -88,7 +88,7 @@ def count_traffic(
         node_tokens_LCRN=node_tokens,
         experts_LCRR=experts,
         source_experts_LRR=source_experts,
-        slot_load_LP=slot_load,
+        slot_load_LCP=slot_load,
     )
 
 
