@@ -169,7 +169,7 @@ VALUES = {
     "placement.policy=best": 'placement.policy: "best" is not known; '
     "write one of contiguous, round_robin, random, modality_bins, file",
     "trace.kind=~": "trace.kind: null is not known; write one of file, uniform, zipf, published",
-    "transmission.mode=fast": 'transmission.mode: "fast" is not known; write sync or async',
+    "transmission.mode=fast": 'transmission.mode: "fast" is not known; write sync, async or two_batch',
     "transmission.dedup=off": "transmission.dedup: false is not known; write none, device or node",
     "transmission.dispatch_dtype=fp4": 'transmission.dispatch_dtype: "fp4" is not known; write bf16 or fp8',
     "simulation.fidelity=exact": 'simulation.fidelity: "exact" is not known; write event, analytic or simpy',
@@ -467,7 +467,7 @@ COMPARISONS = {
     ),
     "unknown value": (
         ["--axis=transmission.mode=sync,fast"],
-        'transmission.mode: "fast" is not known; write sync or async',
+        'transmission.mode: "fast" is not known; write sync, async or two_batch',
     ),
     "unknown field": (
         ["--axis=transmision.mode=sync"],
