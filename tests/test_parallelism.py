@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from epsim.compare import compare
 from epsim.errors import CapacityError, ScenarioError
 from epsim.run import assemble, check_memory, simulate
 from epsim.scenario import check_scenario, load_scenario
@@ -287,6 +288,60 @@ def test_a_dense_model_has_no_experts_to_spread(kind: str) -> None:
     )
     with pytest.raises(ScenarioError, match=message):
         size_of(KINDS[kind], model=DENSE)
+
+
+# Scenarios, comparisons and tables.
+
+
+def parallelism_after(*overrides: str) -> dict[str, Any]:
+    spec = load_scenario(SCENARIOS / "orin-2x-olmoe.yaml", overrides)
+    return spec.parallelism.model_dump()
+
+
+def test_another_kind_starts_afresh() -> None:
+    assert parallelism_after() == {"kind": "ep"}
+    assert parallelism_after("parallelism.kind=tp", "parallelism.size=2") == {"kind": "tp", "size": 2}
+    assert parallelism_after("parallelism={kind: tp, size: 2}", "parallelism.kind=dp") == {"kind": "dp"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "prefill", "decode"),
+    [
+        ({"kind": "tp", "size": 2}, "tp, 2 groups of 2", "0123", "0123"),
+        ({"kind": "dp"}, "dp, 4 replicas", "0123", "0123"),
+        ({"kind": "afd"}, "afd, attention on 2, experts on 2", "01", "01"),  # half of the devices
+        ({"kind": "pd"}, "pd, prefill on 2, decode on 2", "01", "23"),
+        ({"kind": "pd", "prefill_devices": 3}, "pd, prefill on 3, decode on 1", "012", "3"),
+    ],
+)
+def test_results_say_who_does_what(kind: dict[str, Any], text: str, prefill: str, decode: str) -> None:
+    model = {**MODEL, "moe": {**MODEL["moe"], "num_experts": 6}}
+    results = simulate(check_scenario(raw(kind, model=model))).results
+    assert results["parallelism"] == text
+    assert results["homes"] == {"prefill": [f"d{r}" for r in prefill], "decode": [f"d{r}" for r in decode]}
+
+
+def test_a_comparison_has_bytes_and_memory() -> None:
+    rows = compare(raw({"kind": "ep"}), {"parallelism": [KINDS["tp"], KINDS["dp"]]}, {"parallelism": KINDS["tp"]})
+    tp, dp = sorted(rows, key=lambda row: str(row["parallelism"]), reverse=True)
+    # 2304 bytes in the prefill and 384 in each of 2 decode steps, for 4 requests of 3 tokens; memory as above.
+    assert [tp[f"{phase}_sent_bytes_per_step"] for phase in ("prefill", "decode")] == [2304, 384]
+    assert tp["sent_bytes_per_output_token"] == (2304 + 2 * 384) / 12
+    assert (tp["fullest_device_memory_bytes"], tp["all_devices_memory_bytes"]) == (1088, 4 * 1088)
+    assert (dp["fullest_device_memory_bytes"], dp["all_devices_memory_bytes"]) == (1248, 4 * 1248)
+
+
+def test_a_comparison_looks_at_all_kinds_before_it_simulates_one() -> None:
+    steps = []
+    axes: dict[str, list[Any]] = {"parallelism.kind": ["ep", "tp"]}
+    with pytest.raises(ScenarioError, match=r'transmission\.dedup: "none" has no meaning under tp'):
+        compare(
+            raw({"kind": "ep"}, transmission={"dedup": "none"}),
+            axes,
+            {"parallelism.kind": "ep"},
+            lambda: steps.append(1),
+        )
+    assert steps == []
 
 
 # What SMoES says of expert parallelism (supplement 2.4), on its cluster and model.
