@@ -26,12 +26,11 @@ _WHY = {"tp": "every device holds a slice of every expert", "dp": "every device 
 class Layout:
     """What each device of a deployment holds, and where requests live.
 
-    kind: of parallelism. description: for people. card: what one device holds of the model (less experts that are not
-    placed on it). group_size: devices that share each request; it lives on the first of its group, for which alone
-    placement and homes stand.
+    description: kind of parallelism and sizes, for people. card: what one device holds of the model (less experts that
+    are not placed on it). group_size: devices that share each request; it lives on the first of its group, for which
+    alone placement and homes stand.
     """
 
-    kind: str
     description: str
     card: ModelCard
     placement: Placement
@@ -161,7 +160,7 @@ def lay_out(spec: ScenarioSpec, model: ModelCard, policy: PlacementPolicy, probl
             homes = balanced(num_devices)
             if spec.homes.policy == "by_modality":
                 homes = by_modality(placement, problem.expert_load_MLE)
-    return Layout(kind=chosen.kind, description=text, card=model, placement=placement, homes=homes)
+    return Layout(description=text, card=model, placement=placement, homes=homes)
 
 
 def _split(num_devices: int, first: int | None) -> tuple[Devices, Devices]:
@@ -179,7 +178,6 @@ def _replicas(kind: str, size: int, card: ModelCard, problem: PlacementProblem) 
     slots_LRX[:, leaders] = np.arange(problem.num_experts)
     groups = f"{len(leaders)} group{'s' if len(leaders) > 1 else ''} of {size}"
     return Layout(
-        kind=kind,
         description=f"tp, {groups}" if kind == "tp" else f"dp, {num_devices} replicas",
         card=card,
         placement=_placement(kind, problem, slots_LRX, np.arange(num_devices) // size),

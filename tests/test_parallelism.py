@@ -344,6 +344,12 @@ def test_a_comparison_looks_at_all_kinds_before_it_simulates_one() -> None:
     assert steps == []
 
 
+@pytest.mark.parametrize("kind", ["afd", "pd"])
+def test_one_device_cannot_be_split(kind: str) -> None:
+    with pytest.raises(ScenarioError, match=rf'"{kind}" needs 2 devices, the cluster has 1; write ep, tp or dp'):
+        size_of({"kind": kind}, 1)
+
+
 # What SMoES says of expert parallelism (supplement 2.4), on its cluster and model.
 
 GB = 1e9
