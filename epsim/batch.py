@@ -16,15 +16,15 @@ from epsim.cost import HomeWork
 from epsim.errors import TraceError
 from epsim.metrics import Phase, RequestRecord, StepRecord
 from epsim.model import ModelCard
-from epsim.placement import HomePlan, Placement
-from epsim.sim import PARTS, Execution, Fidelity, StepPlanner, StepResult, simulate_step
+from epsim.parallelism import Layout
+from epsim.sim import PARTS, Execution, Fidelity, ReplicaPlanner, StepPlanner, StepResult, simulate_step
 from epsim.trace import Modality, RoutingTrace, TraceSource, check_trace
 from epsim.traffic import StepTraffic, TrafficCounter, count_remote
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A model on a cluster with its placement and homes, ready to run batches of a trace.
+    """A model laid out on a cluster, ready to run batches of a trace.
 
     check_rows: the trace comes from outside, so the rows of each batch are held to the invariants of traces.
     num_micro_batches: into how many parts of its tokens each home cuts a step (each a chunk of the counter), or 1.
@@ -34,11 +34,10 @@ class Deployment:
     cluster: Cluster
     trace: TraceSource
     check_rows: bool
-    placement: Placement
-    homes: HomePlan
+    layout: Layout
     counter: TrafficCounter
     num_micro_batches: int
-    planner: StepPlanner
+    planner: StepPlanner | ReplicaPlanner
     fidelity: Fidelity
 
 
@@ -85,7 +84,7 @@ def step_inputs(
 def run_steps(
     inputs: Iterable[StepInput],
     *,
-    planner: StepPlanner,
+    planner: StepPlanner | ReplicaPlanner,
     cluster: Cluster,
     fidelity: Fidelity,
     request_ids: npt.NDArray[np.integer],
@@ -107,7 +106,7 @@ def run_steps(
         result, execution = simulate_step(plan, cluster, fidelity)
         if execution is not None and given.step < num_executions:
             executions.append(execution)
-        steps.append(_record(batch, given, now_s, result))
+        steps.append(_record(batch, given, now_s, result, planner.served_pairs_LR(given.traffic)))
         for q in given.request_Q:
             token_times[q].append(now_s + steps[-1].duration_s)
         now_s += steps[-1].duration_s + steps[-1].kv_exposed_s
@@ -140,7 +139,7 @@ class _BatchRun:
         self, deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
     ) -> None:
         self._deployment = deployment
-        self._homes = deployment.homes.assign(len(request_ids))
+        self._homes = deployment.layout.homes.assign(len(request_ids))
         self._rows = rows = deployment.trace.select(request_ids)
         if deployment.check_rows:
             _check_rows(rows, deployment.trace.name)
@@ -171,7 +170,10 @@ class _BatchRun:
         """Return what is known of a step before it runs."""
         deployment, tokens = self._deployment, self._tokens(step)
         counts_M4: npt.NDArray[np.int64] = count_remote(
-            tokens.topk_expert_ids_TLK, tokens.home_T, tokens.modality_T, deployment.placement.device_of_expert_RLE
+            tokens.topk_expert_ids_TLK,
+            tokens.home_T,
+            tokens.modality_T,
+            deployment.layout.placement.device_of_expert_RLE,
         )
         return StepInput(
             step=step,
@@ -244,7 +246,9 @@ def _check_rows(rows: RoutingTrace, name: str) -> None:
         ) from error
 
 
-def _record(batch: int, given: StepInput, now_s: float, result: StepResult) -> StepRecord:
+def _record(
+    batch: int, given: StepInput, now_s: float, result: StepResult, pairs_LR: npt.NDArray[np.int64]
+) -> StepRecord:
     return StepRecord(
         batch=batch,
         phase=given.phase,
@@ -256,6 +260,7 @@ def _record(batch: int, given: StepInput, now_s: float, result: StepResult) -> S
         parts_s=dict(zip(PARTS, result.parts_s_PR, strict=True)),
         link_busy_s_X=result.link_busy_s_X,
         link_bytes_X=result.link_bytes_X,
-        pairs_LR=given.traffic.device_pairs_LR,
+        pairs_LR=pairs_LR,
+        sent_bytes=float(result.delivered_bytes_RR.sum()),
         contended=result.contended,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from epsim.errors import ScenarioError
-from epsim.run import simulate
+from epsim.run import model_and_cluster, simulate
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
 from epsim.scenario.yaml_text import parse_yaml
 
@@ -75,6 +75,8 @@ def compare(
     """
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     specs = [_with(raw, combination) for combination in combinations]
+    for spec in specs:
+        model_and_cluster(spec)
     if any(spec.workload.batch_sizes != specs[0].workload.batch_sizes for spec in specs):
         raise ScenarioError("--axis: the batch sizes differ; write them all with --set workload.batch_sizes=[...]")
     rows = []
@@ -90,9 +92,21 @@ def compare(
             for metric, statistic in _METRICS.items():
                 value = size[metric]
                 row[metric] = value[statistic] if statistic and value is not None else value
-            rows.append(row)
+            rows.append({**row, **_resources(size)})
     _add_changes(rows)
     return sorted(rows, key=lambda row: (row["batch_size"], row["e2e_s"]))
+
+
+def _resources(size: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a batch size sends between devices, and what it takes of their memory."""
+    accounts = size["memory_bytes"].values()
+    return {
+        "prefill_sent_bytes_per_step": size["prefill"]["sent_bytes_per_step"],
+        "decode_sent_bytes_per_step": size["decode"]["sent_bytes_per_step"] if size["decode"] else None,
+        "sent_bytes_per_output_token": size["sent_bytes_per_output_token"],
+        "fullest_device_memory_bytes": max(accounts, key=lambda account: account["total"] - account["usable"])["total"],
+        "all_devices_memory_bytes": sum(account["total"] for account in accounts),
+    }
 
 
 def _with(raw: dict[str, Any], combination: Mapping[str, Any]) -> ScenarioSpec:

@@ -51,8 +51,8 @@ class StepRecord:
     """One prefill (step 0) or decode step of a batch.
 
     parts_s: seconds per device [R] of each part. link_busy_s, link_bytes: per link [X]. pairs_LR: routed pairs that
-    each device served. kv_exposed_s: what the next step waited for KV caches on their way. contended: whether a flow
-    waited for another on a link, None where unknown.
+    each device served. sent_bytes: of all messages between devices, each counted once. kv_exposed_s: what the next step
+    waited for KV caches on their way. contended: whether a flow waited for another on a link, None where unknown.
     """
 
     batch: int
@@ -66,6 +66,7 @@ class StepRecord:
     link_busy_s_X: Floats
     link_bytes_X: Floats
     pairs_LR: npt.NDArray[np.int64]
+    sent_bytes: float
     contended: bool | None
 
 
@@ -166,6 +167,7 @@ def summarise_phase(
             }
             for name, busy, size in zip(link_names, busy_s_X, bytes_X, strict=True)
         },
+        "sent_bytes_per_step": sum(step.sent_bytes for step in steps) / len(steps),
         "balancedness": balancedness([step.pairs_LR for step in steps]),
         "staging_s": float(busy_s_X[[name in staging_links for name in link_names]].sum() / len(steps)),
         "contended_steps_frac": float(np.mean(contended)) if contended else None,
@@ -215,6 +217,7 @@ def summarise_batch_size(
         "e2e_s": distribution([request.e2e_s for request in requests]),
         "output_tokens_per_s": num_tokens / duration_s,
         "goodput_rps": goodput_rps(requests, duration_s, ttft_limit_s, tpot_limit_s),
+        "sent_bytes_per_output_token": sum(step.sent_bytes for step in steps) / num_tokens,
         "kv_exposed_s": float(np.mean([step.kv_exposed_s for step in prefill])),
         "transfer_ratio": transfers.ratios(),
         "prefill": summarise_phase(prefill, link_names, staging_links),

@@ -12,17 +12,18 @@ import numpy.typing as npt
 from epsim import __version__
 from epsim.batch import Deployment, StepInput, run_steps, step_inputs
 from epsim.cluster import Cluster, build_cluster
-from epsim.cost import MemoryAccount, RooflineCost, account_memory
+from epsim.cost import MemoryAccount, RooflineCost
 from epsim.errors import TraceError
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
-from epsim.placement import POLICIES, HomePlan, Placement, PlacementProblem, balanced, by_modality
+from epsim.parallelism import Layout, check_parallelism, group_size, lay_out
+from epsim.placement import POLICIES, PlacementProblem
 from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TraceSpec, TransmissionSpec, WorkloadSpec
-from epsim.sim import StepPlanner, Transmission
+from epsim.sim import ReplicaPlanner, StepPlanner, Transmission
 from epsim.sim.slices import Slice, slices_of
 from epsim.trace import TraceSource
 from epsim.trace.statistics import expert_load
-from epsim.traces import moe_model, num_requests_needed, open_trace
+from epsim.traces import num_requests_needed, open_trace, trace_shape
 from epsim.traffic import MessageFormat, TrafficCounter
 
 Advance = Callable[[], None]
@@ -59,30 +60,42 @@ def simulate(spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeli
 
 
 def assemble(spec: ScenarioSpec) -> Deployment:
-    """Build model, cluster, trace, placement and homes of a scenario, and check that they fit together."""
-    model = moe_model(spec.model)
-    cluster = build_cluster(spec.cluster.model_dump())
+    """Build model, cluster, trace, and layout of a scenario, and check that they fit together."""
+    model, cluster = model_and_cluster(spec)
     trace, load_MLE = _trace_and_load(*_trace_key(spec, model))
     _check_trace(trace, model, spec.workload)
-    placement, homes = _place(spec, cluster, model, load_MLE)
+    layout = _lay_out(spec, cluster, model, load_MLE)
     transmission = build_transmission(spec, model)
     return Deployment(
         model=model,
         cluster=cluster,
         trace=trace,
         check_rows=isinstance(spec.trace, FileTraceSpec),
-        placement=placement,
-        homes=homes,
-        counter=TrafficCounter(placement, transmission.num_chunks),
+        layout=layout,
+        counter=TrafficCounter(layout.placement, transmission.num_chunks),
         num_micro_batches=2 if transmission.mode == "two_batch" else 1,
         planner=build_planner(spec, model, cluster),
         fidelity=spec.simulation.fidelity,
     )
 
 
-def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> StepPlanner:
+def model_and_cluster(spec: ScenarioSpec) -> tuple[ModelCard, Cluster]:
+    """Build both, and check that the kind of parallelism goes with them and with the rest of the scenario."""
+    model = ModelCard.from_mapping(spec.model.model_dump())
+    cluster = build_cluster(spec.cluster.model_dump())
+    check_parallelism(spec, model, cluster.num_devices)
+    return model, cluster
+
+
+def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> StepPlanner | ReplicaPlanner:
     """Return what turns the steps of a scenario into plans: the only part that knows how fast devices are."""
-    return StepPlanner(model, cluster, RooflineCost(model, cluster), build_transmission(spec, model))
+    transmission = build_transmission(spec, model)
+    size = group_size(spec.parallelism, cluster.num_devices)
+    if size is None:
+        return StepPlanner(model, cluster, RooflineCost(model, cluster), transmission)
+    card = model.shard(size)
+    vector_bytes = transmission.message_format.combine_vector_bytes
+    return ReplicaPlanner(card, cluster, RooflineCost(card, cluster), group_size=size, vector_bytes=vector_bytes)
 
 
 def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
@@ -118,12 +131,13 @@ def _trace_and_load(
 
 def _check_trace(trace: TraceSource, model: ModelCard, workload: WorkloadSpec) -> None:
     meta = trace.meta
+    shape = trace_shape(model)
     for noun, found, wanted in (
-        ("experts", meta.num_experts, model.num_experts),
-        ("top-k", meta.topk, model.topk),
-        ("MoE layers", meta.layer_ids, model.moe_layer_ids),
+        ("experts", meta.num_experts, shape.num_experts),
+        ("top-k", meta.topk, shape.topk),
+        ("MoE layers", meta.layer_ids, shape.layer_ids),
     ):
-        if found != wanted:
+        if found != wanted and model.moe is not None:  # of a dense model only the lengths count
             raise TraceError(
                 f"trace: {trace.name} has {noun} {_brief(found)}, model {model.name} has {_brief(wanted)}; "
                 "name the model that the trace was taken from"
@@ -145,23 +159,18 @@ def _brief(value: object) -> str:
     return f"{value[0]}..{value[-1]} ({len(value)})" if isinstance(value, tuple) and value else str(value)
 
 
-def _place(
-    spec: ScenarioSpec, cluster: Cluster, model: ModelCard, load_MLE: npt.NDArray[np.int64]
-) -> tuple[Placement, HomePlan]:
+def _lay_out(spec: ScenarioSpec, cluster: Cluster, model: ModelCard, load_MLE: npt.NDArray[np.int64]) -> Layout:
     fields = spec.placement.model_dump()
     policy_class = POLICIES[fields.pop("policy")]
     if "path" in fields:
         fields["path"] = Path(fields["path"])
     problem = PlacementProblem(
-        num_layers=len(model.moe_layer_ids),
-        num_experts=model.num_experts,
+        num_layers=load_MLE.shape[1],
+        num_experts=load_MLE.shape[2],
         node_of_device_R=cluster.node_of_device_R.astype(np.int32),
         expert_load_MLE=load_MLE,
     )
-    placement = policy_class(**fields).place(problem)
-    if spec.homes.policy == "balanced":
-        return placement, balanced(cluster.num_devices)
-    return placement, by_modality(placement, load_MLE)
+    return lay_out(spec, model, policy_class(**fields), problem)
 
 
 def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) -> MemoryAccount:
@@ -170,22 +179,14 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
     fullest: MemoryAccount | None = None
     for batch in range(spec.workload.num_batches):
         prompt_Q, decode_Q = _lengths(d.trace, spec.workload, batch_size, batch)
-        homes = d.homes.assign(batch_size)
+        homes = d.layout.homes.assign(batch_size)
         kv_tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
         np.add.at(kv_tokens_R, homes.decode_Q, prompt_Q + decode_Q)
         moved = homes.prefill_Q != homes.decode_Q
         np.add.at(kv_tokens_R, homes.prefill_Q[moved], prompt_Q[moved])
         tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
         np.add.at(tokens_R, homes.prefill_Q, prompt_Q)
-        account = account_memory(
-            model=d.model,
-            cluster=d.cluster,
-            placement=d.placement,
-            homes=d.homes,
-            kv_tokens_R=kv_tokens_R,
-            tokens_R=tokens_R,
-            dedup=spec.transmission.dedup != "none",
-        )
+        account = d.layout.account(d.cluster, kv_tokens_R, tokens_R, dedup=spec.transmission.dedup != "none")
         account.check(batch_size)
         if fullest is None or account.headroom_bytes < fullest.headroom_bytes:
             fullest = account
@@ -195,7 +196,7 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
 
 def count_steps(spec: ScenarioSpec) -> int:
     """Return how many steps `simulate` will run, for a progress bar."""
-    model = moe_model(spec.model)
+    model = ModelCard.from_mapping(spec.model.model_dump())
     trace, _ = _trace_and_load(*_trace_key(spec, model))
     return sum(
         1 + int(_lengths(trace, spec.workload, size, batch)[1].max(initial=0))
@@ -217,7 +218,7 @@ def _lengths(
 
 
 def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
-    meta = deployment.trace.meta
+    meta, layout, devices = deployment.trace.meta, deployment.layout, deployment.cluster.devices
     return {
         "epsim_version": __version__,
         "scenario": spec.model_dump(mode="json", by_alias=True),
@@ -230,9 +231,10 @@ def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
             "num_tokens": deployment.trace.num_tokens,
         },
         "homes": {
-            "prefill": [deployment.cluster.devices[r].name for r in deployment.homes.prefill_devices],
-            "decode": [deployment.cluster.devices[r].name for r in deployment.homes.decode_devices],
+            "prefill": [devices[r].name for r in layout.devices_of(layout.homes.prefill_devices)],
+            "decode": [devices[r].name for r in layout.devices_of(layout.homes.decode_devices)],
         },
+        "parallelism": layout.description,
         "batch_sizes": [],
     }
 

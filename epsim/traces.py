@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from epsim.errors import ScenarioError, TraceError
+from epsim.errors import TraceError
 from epsim.model import ModelCard
-from epsim.scenario.model import ModelSpec
 from epsim.scenario.spec import (
     FileTraceSpec,
     PublishedTraceSpec,
@@ -23,12 +22,14 @@ from epsim.trace.file import TraceFile, TraceWriter, copy_trace
 MAX_IDS_IN_MEMORY = 2**32  # expert ids of a synthetic trace, of 1 or 2 bytes each
 
 
-def moe_model(spec: ModelSpec) -> ModelCard:
-    """Return the model card; raises ScenarioError for a model without experts."""
-    model = ModelCard.from_mapping(spec.model_dump())
-    if not model.moe_layer_ids:
-        raise ScenarioError(f"model: {model.name} has no MoE layers; write a model with experts, e.g. olmoe")
-    return model
+_DENSE_SHAPE = TraceShape(layer_ids=(0,), num_experts=1, topk=1)  # every token goes to the one expert of one layer
+
+
+def trace_shape(model: ModelCard) -> TraceShape:
+    """Return the shape of a synthetic trace of a model; for a dense one, of which only lengths count, a stand-in."""
+    if model.moe is None:
+        return _DENSE_SHAPE
+    return TraceShape(layer_ids=model.moe_layer_ids, num_experts=model.num_experts, topk=model.topk)
 
 
 def num_requests_needed(workload: WorkloadSpec) -> int:
@@ -54,7 +55,7 @@ def write_trace(spec: ScenarioSpec, path: Path, *, compress: bool) -> None:
     if isinstance(spec.trace, FileTraceSpec):
         copy_trace(TraceFile.open(Path(spec.trace.path)), path, compression)
         return
-    model = moe_model(spec.model)
+    model = ModelCard.from_mapping(spec.model.model_dump())
     parts = _draw(spec.trace, model, _workload(spec.trace, model, num_requests_needed(spec.workload)))
     first = next(parts)
     with TraceWriter(path, first.meta, compression=compression) as writer:
@@ -83,7 +84,9 @@ def _workload(spec: SyntheticTraceSpec, model: ModelCard, num_requests: int) -> 
 
 def _draw(spec: SyntheticTraceSpec, model: ModelCard, workload: synthetic.SyntheticWorkload) -> Iterator[RoutingTrace]:
     """Return the synthetic trace piece by piece."""
-    shape = TraceShape(layer_ids=model.moe_layer_ids, num_experts=model.num_experts, topk=model.topk)
+    shape = trace_shape(model)
+    if model.moe is None and isinstance(spec, PublishedTraceSpec):
+        shape = synthetic.OLMOE_SHAPE  # the model of table S10
     options: dict[str, Any] = {"shape": shape, "workload": workload, "seed": spec.seed, "model": model.name}
     if isinstance(spec, PublishedTraceSpec):
         return synthetic.published(spec.benchmark, spec.method, **options)
@@ -94,10 +97,11 @@ def _draw(spec: SyntheticTraceSpec, model: ModelCard, workload: synthetic.Synthe
 
 def _check_size(workload: synthetic.SyntheticWorkload, model: ModelCard) -> None:
     num_tokens = workload.num_vision_tokens + workload.num_text_tokens + workload.num_decode_tokens
-    num_ids = workload.num_requests * num_tokens * len(model.moe_layer_ids) * model.topk
+    shape = trace_shape(model)
+    num_ids = workload.num_requests * num_tokens * shape.num_layers * shape.topk
     if num_ids > MAX_IDS_IN_MEMORY:
         raise TraceError(
-            f"trace: {workload.num_requests} requests x {num_tokens} tokens x {len(model.moe_layer_ids)} layers x "
-            f"top-{model.topk} are {num_ids:.2g} expert ids, more than the {MAX_IDS_IN_MEMORY:.2g} that are drawn in "
+            f"trace: {workload.num_requests} requests x {num_tokens} tokens x {shape.num_layers} layers x "
+            f"top-{shape.topk} are {num_ids:.2g} expert ids, more than the {MAX_IDS_IN_MEMORY:.2g} that are drawn in "
             "memory; use fewer or smaller batches, or shorter requests"
         )

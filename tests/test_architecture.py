@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ANYONE_MAY = {"__init__", "units", "errors"}  # __init__: the version
 PARTS = {"atomic", "batch", "cluster", "cost", "metrics", "model", "placement", "scenario", "sim", "trace", "traffic"}
+PARTS |= {"parallelism"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "units": set(),
@@ -26,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost": {"cluster", "model", "placement"},
     "sim": {"traffic", "cost", "cluster", "model"},
     "metrics": set(),
-    "batch": {"cluster", "cost", "metrics", "model", "placement", "sim", "trace", "traffic"},
+    "parallelism": {"cluster", "cost", "model", "placement", "scenario"},
+    "batch": {"cluster", "cost", "metrics", "model", "parallelism", "placement", "sim", "trace", "traffic"},
     "report": {"atomic", "metrics"},
     "scenario": set(),
     "traces": {"model", "scenario", "trace"},

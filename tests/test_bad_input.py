@@ -20,7 +20,7 @@ cluster: orin-2x-10gbe
 trace: {kind: uniform, vision_tokens: 2, text_tokens: 2, output_tokens: 2}
 workload: {batch_sizes: [1]}
 """
-KNOWN = "cluster, description, homes, model, name, placement, simulation, trace, transmission, workload"
+KNOWN = "cluster, description, homes, model, name, parallelism, placement, simulation, trace, transmission, workload"
 MODELS = "deepseekmoe, llama-3.2-3b, llava-1.5-7b, llava-next-34b, mixtral, moonlight, olmo-1b, olmoe, qwen3-moe"
 CLUSTERS = "a800-2x8, h100-2x8, h200-1x8, orin-2x-10gbe"
 Complaint = Callable[..., str]
@@ -152,7 +152,8 @@ VALUES = {
     'did you mean "olmoe"?',
     "cluster=laptop": f'cluster: "laptop" is not a preset; write one of {CLUSTERS}, or a path that ends in .yaml',
     "model=[]": "model: [] is not a mapping of fields; write e.g. {name: ...}",
-    "model=llava-1.5-7b": "model: LLaVA-1.5-7B has no MoE layers; write a model with experts, e.g. olmoe",
+    "model=llava-1.5-7b": "model: LLaVA-1.5-7B has no MoE layers; write a model with experts, e.g. olmoe, "
+    "or parallelism.kind: tp or dp",
     "placement=random": 'placement: "random" is not a mapping of fields; write e.g. {policy: random}',
     "placement={}": "placement.policy: is missing; write one of contiguous, file, modality_bins, random, round_robin",
     "placement=~": "placement: null is not a mapping of fields; write e.g. {policy: contiguous}",
@@ -178,6 +179,29 @@ VALUES = {
     "write MMMU, SQA-IMG, POPE, GQA or TextVQA",
     "trace={kind: published, benchmark: POPE, method: hard}": 'trace.method: "hard" is not known; '
     "write baseline, attention-soft or gaussian-soft",
+    # kinds of parallelism
+    "parallelism.kind=sp": 'parallelism.kind: "sp" is not known; write one of ep, tp, dp, afd, pd',
+    "parallelism=tp": 'parallelism: "tp" is not a mapping of fields; write e.g. {kind: tp}',
+    "parallelism={kind: dp, size: 2}": "parallelism.size: is not a known field; known are kind",
+    "parallelism={kind: tp, size: 3}": "parallelism.size: 3 does not divide 2 devices; write one of 1, 2",
+    "parallelism.kind=tp model.attention.num_heads=3": "parallelism.size: 2 does not split attention.num_heads 3 "
+    "of OLMoE-1B-7B-0125; write one of 1",
+    "parallelism={kind: afd, attention_devices: 2}": "parallelism.attention_devices: 2 leaves none of 2 devices; "
+    "write 1 or less",
+    "parallelism={kind: pd, prefill_devices: 0}": "parallelism.prefill_devices: 0 is not above 0; "
+    "write a larger number",
+    "parallelism.kind=afd homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under afd, where '
+    "tokens live on the attention devices; leave it out",
+    "parallelism.kind=pd homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under pd, where '
+    "tokens live first in the one, then in the other pool; leave it out",
+    "parallelism.kind=tp placement.policy=random": 'placement.policy: "random" has no meaning under tp, where every '
+    "device holds a slice of every expert; leave it out",
+    "parallelism.kind=tp transmission.mode=async": 'transmission.mode: "async" has no meaning under tp, where every '
+    "device holds a slice of every expert; leave it out",
+    "parallelism.kind=tp transmission.overlap_shared=true": "transmission.overlap_shared: true has no meaning under "
+    "tp, where every device holds a slice of every expert; leave it out",
+    "parallelism.kind=dp homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under dp, where every '
+    "device holds the whole model; leave it out",
     # quantities
     "cluster.links[0].bandwidth=10 GB": 'cluster.links[0].bandwidth: "10 GB" is not a rate; write e.g. "10 Gbit/s"',
     "cluster.links[0].bandwidth=10": 'cluster.links[0].bandwidth: 10 is not a rate; write e.g. "10 Gbit/s"',
@@ -403,7 +427,7 @@ PLACEMENTS: dict[str, tuple[object, str]] = {
     ),
     "unknown expert": (
         [ROW] * 15 + [[*ROW[:-1], 64]],
-        "placement: layer 15, slot 63 holds expert 64; experts are numbered 0 to 63",
+        "placement: layer 15, slot 63 holds expert 64; experts are numbered 0 to 63, and -1 is an empty slot",
     ),
 }
 

@@ -94,7 +94,7 @@ def test_tables(epsim: Run) -> None:
     text = epsim("simulate", "tiny.yaml")
     assert text.startswith("tiny [/bold] :smile:\n")  # a name is no markup
     for heading in (
-        "OLMoE-1B-7B-0125 on orin-2x-10gbe; placement contiguous, async in 2 chunks, dedup device, fidelity event",
+        "OLMoE-1B-7B-0125 on orin-2x-10gbe; ep; placement contiguous, async in 2 chunks, dedup device, fidelity event",
         "homes: prefill on orin0, decode on orin1",
         "routing: SYNTHETIC: ",
         "Latency and throughput (means over requests)",
@@ -271,7 +271,7 @@ def test_compare_prints_a_grid(epsim: Run) -> None:
     for batch_size in (1, 2):
         assert f"Batch {batch_size}" in text
     rows = [line.split() for line in text.splitlines() if line.lstrip().startswith(("sync", "async"))]
-    assert len(rows) == 2 * 2 * 2
+    assert len(rows) == 2 * 2 * 2 * 2  # a table of times and one of bytes for each batch size
     assert sorted({tuple(row[:2]) for row in rows}) == [
         ("async", "device"), ("async", "none"), ("sync", "device"), ("sync", "none"),
     ]  # fmt: skip
@@ -288,6 +288,8 @@ def test_compare_csv(epsim: Run, tmp_path: Path) -> None:
     assert list(rows[0]) == [
         "transmission.mode", "transmission.dedup", "trace_origin", "batch_size", "is_baseline",
         "ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s",
+        "prefill_sent_bytes_per_step", "decode_sent_bytes_per_step", "sent_bytes_per_output_token",
+        "fullest_device_memory_bytes", "all_devices_memory_bytes",
         "ttft_s_change_percent", "tpot_s_change_percent", "e2e_s_change_percent", "output_tokens_per_s_change_percent",
     ]  # fmt: skip
     base = {row["batch_size"]: row for row in rows if row["is_baseline"] == "True"}

@@ -80,6 +80,7 @@ def step(duration_s: float, busy_s: float, kv_exposed_s: float = 0.0) -> StepRec
         link_busy_s_X=np.array([busy_s]),
         link_bytes_X=np.array([100.0]),
         pairs_LR=np.array([[1, 1]]),
+        sent_bytes=100.0 * duration_s,
         contended=busy_s > 2,
     )
 
@@ -91,5 +92,6 @@ def test_phase_summary_by_hand() -> None:
     assert summary["step_s"] == 3.0
     assert summary["parts_s"] == {"attention": 2.0}
     assert summary["links"] == {"wire": {"busy_frac": 0.5, "bytes_per_step": 100.0}}
+    assert summary["sent_bytes_per_step"] == 300.0  # 200 and 400
     assert summary["contended_steps_frac"] == 0.5
     assert summarise_phase([], ["wire"]) is None

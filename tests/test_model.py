@@ -234,6 +234,56 @@ def test_dtypes_scale_bytes_and_nothing_else(cards: dict[str, ModelCard], preset
     assert replace(card, kv_dtype_bytes=1.0).kv_bytes_per_token == card.kv_bytes_per_token / 2
 
 
+def test_shards_by_hand() -> None:
+    # Hidden 4: attention 2*4*2*(4+2) = 96, a quarter with its own copy of a key-value head 2*4*2*(1+1) = 32.
+    attention = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=2)
+    moe = Moe(num_experts=4, topk=2, expert_ffn_size=8, num_dense_layers=1, num_shared_experts=2)
+    card = ModelCard(
+        name="x", hidden_size=4, num_layers=2, vocab_size=12, attention=attention, dense_ffn_size=16, moe=moe
+    )
+    quarter = card.shard(4)
+    assert (card.attention_bytes, quarter.attention_bytes) == (192, 64)
+    # Two of two key-value heads are 2*2*2 elements a token, one is 4.
+    assert (card.kv_bytes_per_token, quarter.kv_bytes_per_token) == (16, 8)
+    assert (card.expert_bytes, quarter.expert_bytes) == (3 * 4 * 8 * 2, 3 * 4 * 2 * 2)
+    assert quarter.shared_expert_bytes == card.shared_expert_bytes / 4 == 2 * 3 * 4 * 2 * 2
+    assert quarter.dense_ffn_bytes == card.dense_ffn_bytes / 4 == 3 * 4 * 4 * 2
+    assert quarter.lm_head_bytes == card.lm_head_bytes / 4 == 3 * 4 * 2
+    assert quarter.router_bytes == card.router_bytes
+    assert card.shard(1) == card
+
+
+def test_a_latent_and_its_projections_are_on_every_shard(cards: dict[str, ModelCard]) -> None:
+    # Moonlight: 16 heads, latent 512 + 64; query 3072 -> 1536 of 8 heads, kv up 4096 -> 2048, output 2048 -> 1024.
+    whole, half = cards["moonlight"], cards["moonlight"].shard(2)
+    assert half.kv_bytes_per_token == whole.kv_bytes_per_token
+    copied = whole.hidden_size * 576
+    assert half.attention.num_params(2048) - copied == (whole.attention.num_params(2048) - copied) / 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "message"),
+    [
+        ("olmoe", 3, "does not split attention.num_heads 16 of OLMoE-1B-7B-0125; write one of 1, 2, 4, 8, 16"),
+        ("qwen3-moe", 3, "does not split vocab_size 151936 of Qwen3-30B-A3B; write one of 1, 2, 4, 8, 16, 32"),
+    ],
+)
+def test_what_does_not_divide_is_said(cards: dict[str, ModelCard], preset: str, size: int, message: str) -> None:
+    with pytest.raises(ScenarioError) as error:
+        cards[preset].shard(size)
+    assert str(error.value) == f"parallelism.size: {size} {message}"
+
+
+def test_key_value_heads_that_cannot_be_shared_are_refused() -> None:
+    # 12 query heads divide by 6 and by 4; 4 key-value heads do not divide by 6, nor 6 by 4.
+    attention = GroupedQueryAttention(num_heads=12, num_kv_heads=4, head_dim=2)
+    card = ModelCard(name="x", hidden_size=4, num_layers=1, vocab_size=12, attention=attention, dense_ffn_size=12)
+    with pytest.raises(
+        ScenarioError, match=r"6 does not split attention.num_kv_heads 4 of x; write one of 1, 2, 4, 12"
+    ):
+        card.shard(6)
+
+
 def test_tied_embeddings_count_once(cards: dict[str, ModelCard]) -> None:
     card = cards["olmoe"]
     tied = replace(card, tie_embeddings=True)

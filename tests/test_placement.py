@@ -162,14 +162,42 @@ def test_two_replicas_on_one_device() -> None:
     assert placement.slot_of_expert_RLE[:, 0, 1].tolist() == [2, 3]
 
 
+def test_own_group_goes_before_own_node() -> None:
+    # Nodes {0, 1} and {2, 3}, groups {0, 2, 3} and {1}. Expert 0 on 1, 2 and 3: source 0 passes over device 1 in its
+    # node and takes number 0 mod 2 of its group, device 2; source 1 has its own.
+    placement = make_placement([[1, 0, 0, 0]], [0, 0, 1, 1], 2, [0, 1, 0, 0])
+    assert placement.device_of_expert_RLE[:, 0, 0].tolist() == [2, 1, 2, 3]
+    # Expert 1 is in group 0 alone: there source 1 takes what there is.
+    assert placement.device_of_expert_RLE[:, 0, 1].tolist() == [0, 0, 0, 0]
+    # With expert 0 in the node and elsewhere in the group, the one in both comes first, for odd sources too.
+    both = make_placement([[1, 0, 0, 1]], [1, 0, 1, 1], 2, [0, 0, 0, 0])
+    assert both.device_of_expert_RLE[:, 0, 0].tolist() == [2, 1, 2, 2]
+
+
+def test_empty_slots_hold_nothing() -> None:
+    # Device 0 has no expert in layer 0 and one in layer 1, where expert 0 is twice.
+    placement = make_placement([[-1, -1, 0, 1], [-1, 0, 1, 0]], [0, 0], 2)
+    assert placement.filled_slots_R.tolist() == [1, 4]
+    assert placement.slot_of_expert_RLE[0].tolist() == [[2, 3], [1, 2]]
+    assert placement.slot_of_expert_RLE[1].tolist() == [[2, 3], [3, 2]]
+
+
+def test_by_modality_does_not_see_empty_slots() -> None:
+    # Expert 1 is vision, expert 0 text; -1 would index the last expert, which would make device 0 the vision device.
+    placement = make_placement([[0, -1, -1, 1, -1, -1]], [0, 0], 2)
+    plan = by_modality(placement, np.array([[[9, 0]], [[0, 9]]]))
+    assert (plan.prefill_devices.tolist(), plan.decode_devices.tolist()) == ([1], [0])
+
+
 @PROPERTY
 @given(seed=st.integers(0, 2**32 - 1), num_devices=st.integers(1, 8), num_experts=st.integers(1, 9))
 def test_slot_choice_equals_the_reference(seed: int, num_devices: int, num_experts: int) -> None:
     rng = np.random.default_rng(seed)
     num_slots = num_devices * (-(-num_experts // num_devices) + int(rng.integers(0, 3)))
-    extra = rng.integers(0, num_experts, (2, num_slots - num_experts))
+    extra = rng.integers(-1, num_experts, (2, num_slots - num_experts))
     p2l_LP = rng.permuted(np.hstack([np.tile(np.arange(num_experts), (2, 1)), extra]), axis=1)
-    placement = make_placement(p2l_LP.tolist(), rng.integers(0, 3, num_devices).tolist(), num_experts)
+    nodes, groups = (rng.integers(0, 3, num_devices).tolist() for _ in range(2))
+    placement = make_placement(p2l_LP.tolist(), nodes, num_experts, groups if rng.random() < 0.5 else None)
     for (source, layer, expert), slot in np.ndenumerate(placement.slot_of_expert_RLE):
         assert slot == slot_for(placement, source, layer, expert)
 
@@ -178,8 +206,14 @@ def test_slot_choice_equals_the_reference(seed: int, num_devices: int, num_exper
     ("p2l_LP", "message"),
     [
         ([[0, 1, 2]], "placement: 3 slots do not divide over 2 devices; use a multiple of 2 slots"),
-        ([[0, 1, 2, 3], [0, 1, 2, 4]], "placement: layer 1, slot 3 holds expert 4; experts are numbered 0 to 3"),
-        ([[0, 1, 2, -1]], "placement: layer 0, slot 3 holds expert -1; experts are numbered 0 to 3"),
+        (
+            [[0, 1, 2, 3], [0, 1, 2, 4]],
+            "placement: layer 1, slot 3 holds expert 4; experts are numbered 0 to 3, and -1 is an empty slot",
+        ),
+        (
+            [[0, 1, 2, -2]],
+            "placement: layer 0, slot 3 holds expert -2; experts are numbered 0 to 3, and -1 is an empty slot",
+        ),
         (
             [[0, 1, 2, 2]],
             "placement: layer 0 has no slot for expert 3; every expert must be on some device",

@@ -52,6 +52,7 @@ def test_defaults(minimal: Path) -> None:
         "homes": {"policy": "balanced", "kv_transfer": "overlapped"},
         "transmission": {
             "mode": "sync", "num_chunks": 1, "dedup": "device", "dispatch_dtype": "bf16", "combine_dtype": "bf16",
+                "overlap_shared": False,
         },
         "workload": {
             "batch_sizes": [1, 8, 32], "num_batches": 1, "max_output_tokens": None,
@@ -203,7 +204,7 @@ def test_show_writes_what_people_write(minimal: Path) -> None:
 
 
 def test_the_first_mistake_is_named_and_the_others_counted() -> None:
-    with pytest.raises(ScenarioError, match=r"^transmission\.mode: .*; write sync or async \(and 1 more\)$"):
+    with pytest.raises(ScenarioError, match=r"^transmission\.mode: .*; write sync, async or two_batch \(and 1 more\)$"):
         check_scenario({**MINIMAL, "transmission": {"mode": 1, "dedup": 2}})
 
 

@@ -1,6 +1,6 @@
 """`MemoryAccount`: what a deployment puts into the memory of each device, and the check that it fits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,16 @@ class MemoryAccount:
     @property
     def total_bytes_R(self) -> Floats:
         return self.experts_bytes_R + self.shared_bytes_R + self.kv_bytes_R + self.buffers_bytes_R
+
+    def of_groups(self, leader_R: npt.NDArray[np.int32], buffers_bytes_R: Floats) -> "MemoryAccount":
+        """Return the account in which each device holds what leader_R[device] holds here, with other buffers."""
+        return replace(
+            self,
+            experts_bytes_R=self.experts_bytes_R[leader_R],
+            shared_bytes_R=self.shared_bytes_R[leader_R],
+            kv_bytes_R=self.kv_bytes_R[leader_R],
+            buffers_bytes_R=buffers_bytes_R,
+        )
 
     @property
     def headroom_bytes(self) -> float:
@@ -86,25 +96,35 @@ def account_memory(
     """Return the account of a batch.
 
     kv_tokens_R: the most tokens whose KV cache a device holds at once. tokens_R: home tokens of the prefill; buffers
-    are for the worst case, as engines allocate them: each goes to min(K, R - 1) devices, and all of the others' come;
-    without `dedup` K vectors of each go, and K come.
+    are for the worst case, as engines allocate them: each goes to min(K, D) of the D other devices of its group that
+    have experts, and to those devices all of the others' come; without `dedup` K vectors of each go, and K come.
     """
     num_moe_layers = len(model.moe_layer_ids)
     per_layer = model.attention_bytes * model.num_layers + model.dense_ffn_bytes * model.num_dense_layers
     per_layer += (model.router_bytes + model.shared_expert_bytes) * num_moe_layers
     vision_bytes = model.vision.weight_bytes if model.vision else 0
     shared_bytes = per_layer + model.embedding_bytes + model.lm_head_bytes + vision_bytes
-    out = min(model.topk, cluster.num_devices - 1) if dedup or cluster.num_devices == 1 else model.topk
-    arriving = 1 if dedup else model.topk
-    vectors_R = tokens_R * out + (tokens_R.sum() - tokens_R) * arriving
     is_home_R = np.isin(np.arange(cluster.num_devices), homes.home_devices)
+    vectors_R = _vectors_on_their_way(placement, tokens_R, model.topk, dedup=dedup)
     return MemoryAccount(
         device_names=tuple(device.name for device in cluster.devices),
-        experts_bytes_R=np.full(
-            cluster.num_devices, float(placement.slots_per_device * num_moe_layers * model.expert_bytes)
-        ),
+        experts_bytes_R=placement.filled_slots_R.astype(np.float64) * float(model.expert_bytes),
         shared_bytes_R=np.where(is_home_R, float(shared_bytes), 0.0),
         kv_bytes_R=kv_tokens_R.astype(np.float64) * float(model.kv_bytes_per_token * model.num_layers),
         buffers_bytes_R=vectors_R.astype(np.float64) * float(model.hidden_bytes_per_token),
         usable_bytes_R=np.array([d.memory_bytes * d.memory_usable_frac for d in cluster.devices]),
     )
+
+
+def _vectors_on_their_way(
+    placement: Placement, tokens_R: npt.NDArray[np.int64], topk: int, *, dedup: bool
+) -> npt.NDArray[np.int64]:
+    """Return the most hidden vectors that each device sends and receives in one layer, int64 [R]."""
+    group_R = placement.group_of_device_R
+    sends_RR = np.broadcast_to(placement.filled_slots_R > 0, (placement.num_devices,) * 2).copy()
+    if group_R is not None:
+        sends_RR &= group_R[:, None] == group_R
+    np.fill_diagonal(sends_RR, False)
+    num_others_R = sends_RR.sum(axis=1)
+    out_R = np.minimum(topk, num_others_R) if dedup else topk * (num_others_R > 0)
+    return np.asarray(tokens_R * out_R + (tokens_R @ sends_RR) * (1 if dedup else topk), dtype=np.int64)

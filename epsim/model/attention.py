@@ -5,8 +5,8 @@ Both say how many weights their projections have, how many elements a token leav
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from epsim.errors import ScenarioError
 from epsim.model._sizes import check_sizes
@@ -51,6 +51,18 @@ class GroupedQueryAttention:
     def decode_flops_per_pair(self) -> int:
         """FLOPs per (query, key) pair in decode: the same as in prefill."""
         return self.flops_per_pair
+
+    def uneven(self, size: int) -> str | None:
+        """Return the field that `size` devices cannot share evenly, with its value; None if there is none."""
+        if self.num_heads % size:
+            return f"num_heads {self.num_heads}"
+        if self.num_kv_heads % size and size % self.num_kv_heads:
+            return f"num_kv_heads {self.num_kv_heads}"
+        return None
+
+    def shard(self, size: int) -> Self:
+        """Return one device's part of the heads; key-value heads are copied where there are fewer than devices."""
+        return replace(self, num_heads=self.num_heads // size, num_kv_heads=max(1, self.num_kv_heads // size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +117,14 @@ class LatentAttention:
         projections of a token cost the same absorbed or not.
         """
         return 2 * self.num_heads * (self.kv_size + self.kv_lora_rank)
+
+    def uneven(self, size: int) -> str | None:
+        """Return the field that `size` devices cannot share evenly, with its value; None if there is none."""
+        return f"num_heads {self.num_heads}" if self.num_heads % size else None
+
+    def shard(self, size: int) -> Self:
+        """Return one device's part of the heads; the projections to the latent and the cache are copied."""
+        return replace(self, num_heads=self.num_heads // size)
 
 
 def _multi_head(*, num_heads: int, head_dim: int) -> GroupedQueryAttention:

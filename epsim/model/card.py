@@ -4,7 +4,7 @@ Figures are per layer, and per token where they say so, unless their name says o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from epsim.errors import ScenarioError
@@ -41,6 +41,22 @@ class Moe:
         """Width of all shared experts of a layer together."""
         one = self.expert_ffn_size if self.shared_expert_ffn_size is None else self.shared_expert_ffn_size
         return self.num_shared_experts * one
+
+    def uneven(self, size: int) -> str | None:
+        """Return the field that `size` devices cannot share evenly, with its value; None if there is none."""
+        for name in ("expert_ffn_size", "shared_expert_ffn_size"):
+            if (getattr(self, name) or 0) % size:
+                return f"{name} {getattr(self, name)}"
+        return None
+
+    def shard(self, size: int) -> Self:
+        """Return one device's part: every expert, with 1 / size of its width."""
+        shared = self.shared_expert_ffn_size
+        return replace(
+            self,
+            expert_ffn_size=self.expert_ffn_size // size,
+            shared_expert_ffn_size=None if shared is None else shared // size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +113,36 @@ class ModelCard:
             weight_dtype_bytes = values.get("weight_dtype_bytes", cls.weight_dtype_bytes)
             vision = VisionEncoder(**vision, output_size=values["hidden_size"], weight_dtype_bytes=weight_dtype_bytes)
         return cls(attention=attention, moe=moe, vision=vision, **values)
+
+    def shard(self, size: int) -> Self:
+        """Return the card of one of `size` tensor-parallel devices, as Megatron-LM splits a model (arXiv:1909.08053).
+
+        Each has 1 / size of the heads, of the width of every FFN and expert, and of the vocabulary. Router, vision
+        encoder, the latent of MLA, and key-value heads that are fewer than the devices are on each of them.
+        Raises ScenarioError where something does not divide.
+        """
+        if uneven := self._uneven(size):
+            fits = [n for n in range(1, self.attention.num_heads + 1) if not self._uneven(n)]
+            raise ScenarioError(
+                f"parallelism.size: {size} does not split {uneven} of {self.name}; write one of "
+                + ", ".join(map(str, fits))
+            )
+        return replace(
+            self,
+            attention=self.attention.shard(size),
+            dense_ffn_size=None if self.dense_ffn_size is None else self.dense_ffn_size // size,
+            moe=None if self.moe is None else self.moe.shard(size),
+            vocab_size=self.vocab_size // size,
+        )
+
+    def _uneven(self, size: int) -> str | None:
+        for name in ("vocab_size", "dense_ffn_size"):
+            if (getattr(self, name) or 0) % size:
+                return f"{name} {getattr(self, name)}"
+        if uneven := self.attention.uneven(size):
+            return f"attention.{uneven}"
+        moe_uneven = self.moe.uneven(size) if self.moe else None
+        return f"moe.{moe_uneven}" if moe_uneven else None
 
     @property
     def num_dense_layers(self) -> int:

@@ -16,7 +16,7 @@ _FORM = 'a JSON object {"physical_to_logical_map": [layers][slots]} of expert id
 class FromFile:
     """Reads `{"physical_to_logical_map": [L][P]}`, the form of SGLang's `--init-expert-location`.
 
-    P may exceed the number of experts (redundant experts) and must divide over the devices.
+    P may exceed the number of experts (redundant experts; -1 is an empty slot) and must divide over the devices.
     """
 
     kind: ClassVar[str] = "file"

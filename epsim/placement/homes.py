@@ -77,8 +77,8 @@ def _device_share(placement: Placement, expert_load_MLE: npt.NDArray[np.int64]) 
     p2l_LP = placement.physical_to_logical_LP
     layers = np.arange(placement.num_layers)[:, None]
     replicas_LE = np.zeros((placement.num_layers, placement.num_experts))
-    np.add.at(replicas_LE, (layers, p2l_LP), 1)
-    per_slot_MLP = (expert_load_MLE / replicas_LE)[:, layers, p2l_LP]
+    np.add.at(replicas_LE, (layers, p2l_LP), p2l_LP >= 0)
+    per_slot_MLP = (expert_load_MLE / replicas_LE)[:, layers, p2l_LP] * (p2l_LP >= 0)
     per_device_MR = per_slot_MLP.reshape(2, placement.num_layers, placement.num_devices, -1).sum(axis=(1, 3))
     share_MR = per_device_MR / np.maximum(per_device_MR.sum(axis=1, keepdims=True), 1)
     return np.asarray(share_MR, dtype=np.float64)

@@ -4,8 +4,8 @@ A policy is a plain class with a `kind` and one method, `place(PlacementProblem)
 file of its own; `POLICIES` in the package lists them all.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,10 @@ class PlacementProblem:
     @property
     def num_devices(self) -> int:
         return len(self.node_of_device_R)
+
+    def on_devices(self, devices: npt.NDArray[np.integer]) -> Self:
+        """Return the problem of placing all experts on some of the devices."""
+        return replace(self, node_of_device_R=self.node_of_device_R[devices])
 
     def require_even_split(self) -> None:
         """Raise PlacementError unless the same number of experts fits on every device without redundant ones."""

@@ -41,10 +41,12 @@ def _title(results: dict[str, Any]) -> Text:
     text = Text(strip_control_codes(scenario["name"]), style="bold")
     num_chunks = transmission["num_chunks"] if transmission["mode"] == "async" else 1
     chunks = f" in {num_chunks} chunks" if num_chunks > 1 else ""
+    spread = ""
+    if scenario["parallelism"]["kind"] not in ("tp", "dp"):  # there experts are nowhere in particular
+        spread = f"; placement {placement['policy']}, {transmission['mode']}{chunks}, dedup {transmission['dedup']}"
     text.append(
-        f"\n{scenario['model']['name']} on {scenario['cluster']['name']}; placement {placement['policy']}, "
-        f"{transmission['mode']}{chunks}, "
-        f"dedup {transmission['dedup']}, fidelity {scenario['simulation']['fidelity']}\n"
+        f"\n{scenario['model']['name']} on {scenario['cluster']['name']}; {results['parallelism']}{spread}, "
+        f"fidelity {scenario['simulation']['fidelity']}\n"
         f"homes: prefill on {_some(homes['prefill'])}, decode on {_some(homes['decode'])}\n",
         style="not bold",
     )
@@ -187,19 +189,33 @@ def _memory_table(sizes: list[dict[str, Any]]) -> Table:
 _COMPARED = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end", "output_tokens_per_s": "tokens/s"}
 
 
+_RESOURCES = {
+    "prefill_sent_bytes_per_step": "a prefill",
+    "decode_sent_bytes_per_step": "a decode step",
+    "sent_bytes_per_output_token": "an output token",
+    "fullest_device_memory_bytes": "memory of the fullest device",
+    "all_devices_memory_bytes": "of all devices",
+}
+
+
 def comparison_tables(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> RenderableType:
-    """Return one table per batch size; rows as `epsim.compare.compare` makes them, best first."""
+    """Return tables of times and of bytes per batch size; rows as `epsim.compare.compare` makes them, best first."""
     headings = [heading for name in _COMPARED.values() for heading in (name, "change")]
     origins = sorted({row["trace_origin"] for row in rows})
     tables: list[RenderableType] = [Text("; ".join(map(_origin, origins)), style="yellow")]
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
-        table = _table(f"\nBatch {batch_size}", *_short(axes), *headings)
+        times = _table(f"\nBatch {batch_size}", *_short(axes), *headings)
+        sizes = _table(
+            f"\nBatch {batch_size}: bytes sent between devices in .., memory", *_short(axes), *_RESOURCES.values()
+        )
         for row in rows:
             if row["batch_size"] == batch_size:
+                chosen, style = [str(row[axis]) for axis in axes], "bold" if row["is_baseline"] else ""
                 cells = [cell for name in _COMPARED for cell in (_value(row, name), _change(row, name))]
-                style = "bold" if row["is_baseline"] else ""
-                table.add_row(*(str(row[axis]) for axis in axes), *cells, style=style)
-        tables.append(table)
+                times.add_row(*chosen, *cells, style=style)
+                values = [row[name] for name in _RESOURCES]
+                sizes.add_row(*chosen, *("-" if v is None else format_size(v) for v in values), style=style)
+        tables += [times, sizes]
     return Group(*tables)
 
 

@@ -19,7 +19,7 @@ from epsim.scenario.yaml_text import parse_yaml
 
 _PRESET_FOLDERS = {"model": "models", "cluster": "clusters", "device_types": "devices"}
 _SECTIONS = ("model", "cluster")
-_SWITCHES = ("placement.policy", "trace.kind")
+_SWITCHES = ("parallelism.kind", "placement.policy", "trace.kind")
 _PATHS = ("trace.path", "placement.path")
 _SYNTHETIC_KINDS = ("uniform", "zipf", "published")
 _HOLDERS = ("trace", "placement", "cluster", "cluster.device_types")  # sections in which paths may stand
@@ -110,7 +110,7 @@ def split_override(text: str) -> tuple[str, Any]:
 def apply_override(raw: dict[str, Any], target: str, value: Any, origin: str = "--set") -> None:
     """Set one field of a raw scenario, in place; list entries go by index or by their `name`: `links[ethernet]`.
 
-    Another placement policy or kind of trace starts afresh: the old one's own fields do not outlive it.
+    Another placement policy or kind of trace or parallelism starts afresh: the old one's own fields do not outlive it.
     origin: where the override stands, for messages.
     """
     where = f'{origin} "{target}"'

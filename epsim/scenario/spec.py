@@ -103,6 +103,42 @@ PlacementSpec = Annotated[
 ]
 
 
+class EpSpec(StrictModel):
+    """Expert parallel: experts spread over the devices, tokens travel to them."""
+
+    kind: Literal["ep"] = "ep"
+
+
+class TpSpec(StrictModel):
+    """Tensor parallel in groups of `size` consecutive devices (default: all); each group is a replica of the model."""
+
+    kind: Literal["tp"]
+    size: PositiveInt | None = None
+
+
+class DpSpec(StrictModel):
+    """Data parallel: every device is a replica of the model."""
+
+    kind: Literal["dp"]
+
+
+class AfdSpec(StrictModel):
+    """Attention on the first `attention_devices` (default: half of them, rounded down), experts on the others."""
+
+    kind: Literal["afd"]
+    attention_devices: PositiveInt | None = None
+
+
+class PdSpec(StrictModel):
+    """Prefill on the first `prefill_devices` (default: half of them, rounded down), decode on the others."""
+
+    kind: Literal["pd"]
+    prefill_devices: PositiveInt | None = None
+
+
+ParallelismSpec = Annotated[EpSpec | TpSpec | DpSpec | AfdSpec | PdSpec, Field(discriminator="kind")]
+
+
 class HomesSpec(StrictModel):
     """Where tokens live, and whether the KV cache that moves between phases overlaps the prefill."""
 
@@ -160,6 +196,7 @@ class ScenarioSpec(StrictModel):
     model: ModelSpec
     cluster: ClusterSpec
     trace: TraceSpec
+    parallelism: ParallelismSpec = EpSpec()
     placement: PlacementSpec = ContiguousSpec()
     homes: HomesSpec = HomesSpec()
     transmission: TransmissionSpec = TransmissionSpec()

@@ -1,4 +1,4 @@
-"""The simulator: `StepPlanner` makes a `StepPlan`, an engine makes a `StepResult` of it.
+"""The simulator: `StepPlanner` or `ReplicaPlanner` makes a `StepPlan`, an engine makes a `StepResult` of it.
 
 Engines (`simulate_step`): "event" (compiled), "simpy" (the same, readable and slow), "analytic" (closed form).
 """
@@ -9,6 +9,7 @@ from epsim.cluster import Cluster
 from epsim.sim.analytic import simulate_analytic
 from epsim.sim.engine import Execution, simulate_events
 from epsim.sim.planner import StepPlanner, Transmission
+from epsim.sim.replica_planner import ReplicaPlanner
 from epsim.sim.step import PARTS, StepPlan, StepResult
 
 Fidelity = Literal["event", "simpy", "analytic"]
@@ -29,6 +30,7 @@ __all__ = [
     "PARTS",
     "Execution",
     "Fidelity",
+    "ReplicaPlanner",
     "StepPlan",
     "StepPlanner",
     "StepResult",

@@ -75,6 +75,10 @@ class StepPlanner:
             second=None,
         )
 
+    def served_pairs_LR(self, traffic: StepTraffic) -> Counts:
+        """Return the routed pairs that each device serves, [L, R]."""
+        return traffic.device_pairs_LR
+
     def _home_times(self, work: HomeWork, num_layers: int) -> dict[str, Floats]:
         """What the homes compute; a barrier stretches it by its device's slowdown."""
         cost, factor_R, dense_layers = self._cost, self._barrier_factor_R, self._model.num_dense_layers

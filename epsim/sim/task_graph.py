@@ -80,20 +80,22 @@ class GraphBuilder:
 
     num_devices: int
     batch: int = 0
-    columns: list[dict[str, npt.NDArray[np.generic]]] = field(default_factory=list)
+    numbers: list[Ints] = field(default_factory=list)
+    amounts: list[Floats] = field(default_factory=list)
     edges: list[tuple[Ints, Ints]] = field(default_factory=list)
     num_tasks: int = 0
 
     def _add(self, kind: Kind, work: Work, layer: Ints, source: Ints, destination: Ints, origin: Ints,
              duration_s: Floats | float, num_bytes: Floats | float) -> Ints:  # fmt: skip
-        shape = np.shape(layer)
-        full = {
-            "kind": kind, "work": work, "layer": layer, "source": source, "destination": destination,
-            "origin": origin, "batch": self.batch, "duration_s": duration_s, "bytes": num_bytes,
-        }  # fmt: skip
-        self.columns.append({name: np.broadcast_to(np.asarray(v), shape).reshape(-1) for name, v in full.items()})
-        ids = self.num_tasks + np.arange(np.prod(shape, dtype=int)).reshape(shape)
-        self.num_tasks += ids.size
+        numbers = np.empty((7, *layer.shape), dtype=np.int64)
+        for row, value in zip(numbers, (kind, work, layer, source, destination, origin, self.batch), strict=True):
+            row[...] = value
+        amounts = np.empty((2, *layer.shape))
+        amounts[0], amounts[1] = duration_s, num_bytes
+        self.numbers.append(numbers.reshape(7, -1))
+        self.amounts.append(amounts.reshape(2, -1))
+        ids = np.arange(self.num_tasks, self.num_tasks + layer.size).reshape(layer.shape)
+        self.num_tasks += layer.size
         return ids
 
     def compute(self, work: Work, layer: Ints, device: Ints, origin: Ints, duration_s: Floats) -> Ints:
@@ -109,39 +111,37 @@ class GraphBuilder:
         return self._add(Kind.BARRIER, Work.BARRIER, layer, zero, zero, zero, 0.0, 0.0)
 
     def edge(self, before: Ints, after: Ints) -> None:
-        pairs = np.broadcast_arrays(before, after)
-        self.edges.append((pairs[0].reshape(-1), pairs[1].reshape(-1)))
+        if before.shape != after.shape:
+            before, after = np.broadcast_arrays(before, after)
+        self.edges.append((before.reshape(-1), after.reshape(-1)))
 
     def finish(self, fronts_LR: Ints, program_LXR: Ints, barriers_LX: Ints) -> TaskGraph:
-        column = {name: np.concatenate([part[name] for part in self.columns]) for name in self.columns[0]}
-        before = np.concatenate([e[0] for e in self.edges])
-        after = np.concatenate([e[1] for e in self.edges])
+        kind, work, layer, source, destination, origin, batch = np.concatenate(self.numbers, axis=1)
+        duration_s, num_bytes = np.concatenate(self.amounts, axis=1)
+        before, after = np.concatenate([np.stack(pair) for pair in self.edges], axis=1)
         order = np.argsort(before, kind="stable")
         starts = np.concatenate(([0], np.cumsum(np.bincount(before, minlength=self.num_tasks))))
-        work = column["work"].astype(np.int64)
-        origin, source = column["origin"].astype(np.int64), column["source"].astype(np.int64)
-        destination = column["destination"].astype(np.int64)
         # One flow per message class, origin and pair of ends: whose tokens they are does not change their route.
         flow_class = np.searchsorted(_MESSAGE_WORKS, work).clip(max=len(_MESSAGE_WORKS) - 1)
         r = self.num_devices
         raw_flow = ((flow_class * r + origin) * r + source) * r + destination
-        is_message = column["kind"] == Kind.MESSAGE
+        is_message = kind == Kind.MESSAGE
         used, flow = np.unique(raw_flow[is_message], return_inverse=True)
         flow_N = np.zeros(self.num_tasks, dtype=np.int64)
         flow_N[is_message] = flow
         return TaskGraph(
-            kind_N=column["kind"].astype(np.int64),
+            kind_N=kind,
             work_N=work,
-            layer_N=column["layer"].astype(np.int64),
+            layer_N=layer,
             source_N=source,
             destination_N=destination,
             origin_N=origin,
-            batch_N=column["batch"].astype(np.int64),
-            duration_s_N=column["duration_s"].astype(np.float64),
-            bytes_N=column["bytes"].astype(np.float64),
+            batch_N=batch,
+            duration_s_N=duration_s,
+            bytes_N=num_bytes,
             flow_N=flow_N,
             successor_start_N=starts.astype(np.int64),
-            successors_E=after[order].astype(np.int64),
+            successors_E=after[order],
             num_predecessors_N=np.bincount(after, minlength=self.num_tasks).astype(np.int64),
             num_flows=len(used),
             fronts_LR=fronts_LR,

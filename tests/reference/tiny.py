@@ -103,11 +103,14 @@ def star(num_devices: int, bandwidth: float, latency: float = 0.0, **type_change
     return make_cluster([device_type(**type_changes)] * num_devices, links, switches=("switch",))
 
 
-def make_placement(p2l_LP: list[list[int]], node_R: list[int], num_experts: int) -> Placement:
-    """Return a placement with these slots on devices in these nodes."""
+def make_placement(
+    p2l_LP: list[list[int]], node_R: list[int], num_experts: int, group_R: list[int] | None = None
+) -> Placement:
+    """Return a placement with these slots on devices in these nodes and groups."""
     return Placement(
         policy="test",
         num_experts=num_experts,
         physical_to_logical_LP=np.array(p2l_LP, np.int32),
         node_of_device_R=np.array(node_R, np.int32),
+        group_of_device_R=None if group_R is None else np.array(group_R, np.int32),
     )

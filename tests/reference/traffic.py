@@ -15,13 +15,19 @@ from epsim.traffic import StepTraffic
 
 
 def slot_for(placement: Placement, source: int, layer: int, expert: int) -> int:
-    """Return the slot that serves `expert` for the tokens of `source`: own device, else own node, else any."""
+    """Return the slot that serves `expert` for the tokens of `source`: the nearest.
+
+    Own device, else own group and node, else own group, else own node, else any.
+    """
     slots = [p for p, e in enumerate(placement.physical_to_logical_LP[layer]) if e == expert]
     node_R = placement.node_of_device_R
     device = {p: p // placement.slots_per_device for p in slots}
     own_device = [p for p in slots if device[p] == source]
     own_node = [p for p in slots if node_R[device[p]] == node_R[source]]
-    candidates = own_device or own_node or slots
+    group_R = placement.group_of_device_R
+    own_group = [p for p in slots if group_R is None or group_R[device[p]] == group_R[source]]
+    own_group_and_node = [p for p in own_group if p in own_node]
+    candidates = own_device or own_group_and_node or own_group or own_node or slots
     return candidates[source % len(candidates)]
 
 
