@@ -29,7 +29,7 @@ class Question:
     """What is asked of a calibration.
 
     hold_outs: schemes by name; those of one name (folds) each predict their own rows, and count together.
-    profiled: intervals by refitting, which takes minutes, in place of linearised ones.
+    profiled: intervals by refitting, which is slow, in place of linearised ones.
     """
 
     parameters: tuple[Parameter, ...]

@@ -150,7 +150,7 @@ def profile(fit: Fit, workers: Workers) -> Profile:
     """Return the intervals of the profile likelihood: each parameter is moved and all others fitted again.
 
     A walk starts from the solution before, with steps of the linearised half-width and growing, and ends where the cost
-    crosses the limit or the parameter its bound. Takes minutes for a dozen parameters.
+    crosses the limit or the parameter its bound. Slow: hundreds of refits for a dozen parameters.
     """
     noise = _noise(fit)
     if noise is None:
