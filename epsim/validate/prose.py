@@ -2,9 +2,9 @@
 
 HEADER = """# Validation: SMoES's efficiency tables
 
-Predictions beside what {citation} published: transfer ratios (table S10), times of an OLMoE vision-language model on
-two Jetson Orins (S11), times of Qwen3-MoE on 16 GPUs (S12). `epsim validate published --docs docs/validation.md`
-wrote this page and its figures; edit nothing here by hand.
+Predictions beside published figures ({citation}): transfer ratios (table S10), times of an OLMoE vision-language
+model on two Jetson Orins (S11), times of Qwen3-MoE on 16 GPUs (S12). `epsim validate published --docs
+docs/validation.md` wrote this page and its figures; edit nothing here by hand.
 
 - **Reproduced**: the structure of table S10: which share of tokens crosses, given how tokens choose experts.
 - **Fitted**: table S11 (12 parameters of the device and the link to 48 values) and S12 (a line). A small error in
@@ -21,8 +21,8 @@ REPRODUCED = """## Reproduced: table S10, transfer ratios
 The synthetic traces of `trace.kind: published` are drawn so that tokens have remote experts as often as the columns
 P_V, P_T and D_T say, so that small errors there are no discovery. What is tested is the rest of the way: modality
 bins find the specialisation from loads alone, homes go by modality (prefill with the vision experts, decode with the
-text experts: no other homes give these ratios), pairs and tokens are counted as the paper counts them, and the token
-mix gives the columns P_V+T. No figure of a device enters.
+text experts; homes on both devices alike would make half of the pairs remote in every column), pairs and tokens are
+counted as the paper counts them, and the token mix gives the columns P_V+T. No figure of a device enters.
 
 ![Simulated and published transfer ratios](images/validation-s10.png)"""
 
