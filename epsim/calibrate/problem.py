@@ -16,7 +16,7 @@ from epsim.calibrate.measured import Compare, Floats, MeasuredError, MeasuredRow
 from epsim.calibrate.parameters import Parameter
 
 STEP = 1e-4  # of the differences; the engines are piecewise linear, so it need not be as small as rounding allows
-LOSS_SCALE = 0.1
+LOSS_SCALE = 0.05
 
 
 class Predicts(Protocol):
