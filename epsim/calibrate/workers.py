@@ -1,8 +1,10 @@
 """`Workers`: functions of (predictor, task) on several processes, which get the predictor once each."""
 
+import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -57,6 +59,15 @@ class Workers:
 def _keep(predictor: Predicts) -> None:
     global _predictor
     _predictor = predictor
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for tasks for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _call(function: Callable[[Predicts, Any], Any], task: Any) -> Any:
