@@ -29,7 +29,7 @@ def main() -> None:
     print("| cluster | mode | dedup | TTFT event | closed form | | TPOT event | closed form | |")
     print("|---|---|---|---|---|---|---|---|---|")
     for cluster, model in CLUSTERS.items():
-        for mode in ("sync", "async"):
+        for mode in ("sync", "async", "two_batch"):
             for dedup in ("device", "node"):
                 event, analytic = (run(cluster, model, mode, dedup, f) for f in ("event", "analytic"))
                 cells = [cluster, mode, dedup]

@@ -7,7 +7,7 @@ from epsim.scenario import check_scenario
 def warm_up() -> None:
     """Run a tiny scenario through every kernel."""
     for fidelity in ("event", "analytic"):
-        for mode in ("sync", "async"):
+        for mode in ("sync", "async", "two_batch"):
             simulate(
                 check_scenario(
                     {

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from epsim.batch import step_inputs
 from epsim.errors import CapacityError, ScenarioError, TraceError
 from epsim.report.files import to_json
-from epsim.run import count_steps, simulate
+from epsim.run import assemble, count_steps, simulate
 from epsim.scenario import ScenarioSpec, check_scenario, load_scenario
 from epsim.trace import concatenate
 
@@ -211,6 +212,32 @@ def test_too_few_requests() -> None:
         simulate(scenario(trace=trace))
 
 
+def test_micro_batches_share_the_work() -> None:
+    # Device 0 has requests 0 and 2, device 1 request 1, of 5 vision and 2 text tokens. Cut in half, 7 + 7 and 3 + 4
+    # tokens: request 0 | request 2, and request 1 cut after its third token. (Query, key) pairs: 28 | 28, and
+    # 1 + 2 + 3 = 6 | 4 + 5 + 6 + 7 = 22, for which all 7 cached tokens are read. In decode 1 + 1 and 0 + 1 tokens.
+    fields = {
+        "trace": {"kind": "uniform", "vision_tokens": 5, "text_tokens": 2, "output_tokens": 2},
+        "homes": {"policy": "balanced"}, "placement": {"policy": "contiguous"}, "workload": {"batch_sizes": [3]},
+    }  # fmt: skip
+    whole, halves = (
+        list(step_inputs(assemble(scenario(transmission={"mode": mode}, **fields)), np.arange(3), None))
+        for mode in ("sync", "two_batch")
+    )
+    first, second = halves[0].works
+    assert (first.tokens_R.tolist(), second.tokens_R.tolist()) == ([7, 3], [7, 4])
+    assert (first.requests_R.tolist(), second.requests_R.tolist()) == ([1, 1], [1, 1])
+    assert (first.attention_pairs_R.tolist(), second.attention_pairs_R.tolist()) == ([28, 6], [28, 22])
+    assert (first.kv_tokens_R.tolist(), second.kv_tokens_R.tolist()) == ([7, 3], [7, 7])
+    assert (first.images_R.tolist(), second.images_R.tolist()) == ([2, 1], [0, 0])
+    assert (first.outputs_R.tolist(), second.outputs_R.tolist()) == ([2, 1], [0, 0])
+    assert [work.tokens_R.tolist() for work in halves[1].works] == [[1, 0], [1, 1]]
+    for one, two in zip(whole, halves, strict=True):
+        for name in ("tokens_R", "attention_pairs_R", "images_R", "outputs_R"):
+            summed = sum(getattr(work, name) for work in two.works)
+            assert summed.tolist() == getattr(one.works[0], name).tolist(), name
+
+
 def test_every_token_of_a_batch_is_simulated() -> None:
     outcome = simulate(scenario(workload={"batch_sizes": [3]}))
     assert [step.num_tokens for step in outcome.steps[3]] == [81, 3, 3, 3]
@@ -237,8 +264,6 @@ def test_a_file_that_breaks_an_invariant_is_refused(tmp_path: Path) -> None:
 def test_requests_of_different_lengths(tmp_path: Path) -> None:
     # Prompts of 5, 6, 7 tokens and 1, 4, 0 decode tokens, balanced on two devices: requests 0 and 2 live on device 0,
     # request 1 on device 1. Rows are shuffled and ids are not consecutive, as a capture may leave them.
-    from epsim.batch import step_inputs
-    from epsim.run import assemble
     from epsim.trace import TraceMeta, synthetic
     from epsim.trace.file import TraceWriter
 

@@ -357,6 +357,55 @@ def test_planner_by_hand() -> None:
     assert plan.kv_bytes_LRR[0].tolist() == [[0, 16, 0], [0, 0, 0], [0, 0, 0]]
 
 
+def test_host_figures_of_a_plan_by_hand() -> None:
+    # Two devices, one layer, two experts, top-1. Home 0 has two tokens: one for its own expert, one for the other's.
+    # Message of 10 + 1 bytes over 10 B/s with 0.5 s of overhead: 1.6 s out; 4 bytes, 0.9 s back. A quarter is hidden:
+    # 0.75 * 2.5 = 1.875 s of device 0's compute. The floor of 3 s is for both, as both compute something.
+    model = tiny_model(num_layers=1, dense_ffn_size=None, moe=Moe(num_experts=2, topk=1, expert_ffn_size=1))
+    figures = {"transfer_overlap": 0.25, "layer_overhead": 3.0, "barrier_slowdown": 0.5}
+    links = [link("d0", "d1", 10.0, 0.5, message_overhead=0.5)]
+    cluster, plain = (make_cluster([device_type(**changes)] * 2, links) for changes in (figures, {}))
+    placement = Placement(
+        policy="test",
+        num_experts=2,
+        physical_to_logical_LP=np.array([[0, 1]], np.int32),
+        node_of_device_R=np.array([0, 1], np.int32),
+    )
+
+    def plan_of(mode: Mode, cluster: Cluster, expert_ids: list[int], dedup: Dedup = "none") -> StepPlan:
+        num_chunks, num_tokens = 2 if mode == "two_batch" else 1, len(expert_ids)
+        ids_TLK, home_T = np.array(expert_ids, np.uint8)[:, None, None], np.zeros(num_tokens, np.int32)
+        traffic = TrafficCounter(placement, num_chunks).count(ids_TLK, home_T)
+        form = MessageFormat(dispatch_vector_bytes=10.0, combine_vector_bytes=4.0, pair_bytes=1.0)
+        transmission = Transmission(mode=mode, dedup=dedup, num_chunks=num_chunks, message_format=form, overlap_kv=True)
+        cuts = [num_tokens] if mode != "two_batch" else [num_tokens // 2, num_tokens - num_tokens // 2]
+        counts = [np.array([count, 0]) for count in cuts]
+        works = [
+            HomeWork(
+                decode=True, tokens_R=n, requests_R=n, kv_tokens_R=n, attention_pairs_R=n, images_R=0 * n, outputs_R=n
+            )
+            for n in counts
+        ]  # fmt: skip
+        planner = StepPlanner(model, cluster, RooflineCost(model, cluster), transmission)
+        return planner.plan(works, traffic, np.zeros((2, 2), np.int64))
+
+    plan = plan_of("async", cluster, [0, 1])
+    assert plan.copy_s_LR.tolist() == [[pytest.approx(1.875), 0.0]]
+    assert plan_of("async", cluster, [0, 1], "node").copy_s_LR.tolist() == plan.copy_s_LR.tolist()
+    assert plan.host_s_LR.tolist() == [[3.0, 3.0]]
+    assert not plan_of("async", plain, [0, 1]).copy_s_LR.any()
+    # Barriers stretch what is computed, and the floor, by a half; nothing is copied.
+    sync, before = plan_of("sync", cluster, [0, 1]), plan_of("sync", plain, [0, 1])
+    assert not sync.copy_s_LR.any()
+    assert sync.host_s_LR.tolist() == [[4.5, 4.5]]
+    for name in ("attention_s_LR", "router_s_LR", "shared_s_LR", "experts_s_LR", "head_s_R"):
+        assert getattr(sync, name).tolist() == pytest.approx(1.5 * getattr(before, name)), name
+    # A device that has nothing to do in a step does not hold the others up, nor does an empty micro-batch.
+    assert plan_of("async", cluster, [0, 0]).host_s_LR.tolist() == [[3.0, 0.0]]
+    assert plan_of("two_batch", cluster, [0, 0]).hosts_s_LR.tolist() == [[6.0, 0.0]]
+    assert plan_of("two_batch", cluster, [0]).hosts_s_LR.tolist() == [[3.0, 0.0]]
+
+
 def test_async_decode_can_lose_by_reading_weights_twice() -> None:
     # Two devices with one expert each; each home has a token for either expert. Vectors of 4 bytes at 1 MB/s: 4 µs.
     # Experts, 10 B/s: sync 12 + 2*8 bytes in one kernel, 2.8 s; async 12 + 8 bytes for its own token and again for the

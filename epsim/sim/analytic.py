@@ -1,7 +1,8 @@
 """The closed form of a step: `simulate_analytic`, formulas over layers and pairs of devices, without events.
 
 Written apart from the event engine, as its oracle: where no two flows of an exchange (all dispatches of a layer, say)
-share a link, and none waits for another, the two agree to rounding. Under contention: see `epsim.sim.closed_form`.
+share a link, and none waits for another or for its own messages of the layer before, the two agree to rounding. Under
+contention: see `epsim.sim.closed_form`.
 Letters: L MoE layers, C chunks, R devices, N nodes, X links, H hops, F flows of an exchange (R R or R N of them).
 """
 

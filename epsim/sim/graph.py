@@ -100,25 +100,26 @@ def _add_two_batch(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[In
     """
     assert plan.second is not None
     layers, devices = np.indices((plan.num_layers, plan.num_devices))
-    b.batch = 1
-    second_LR = b.compute(Work.FRONT, layers, devices, devices, plan.second.front_s_LR)
+    with b.micro_batch(1):
+        second_LR = b.compute(Work.FRONT, layers, devices, devices, plan.second.front_s_LR)
     fronts = starts_LR[:-1], second_LR
     starts = starts_LR, np.concatenate((second_LR, starts_LR[-1:]))
-    b.batch = 0
     _add_kv(b, plan, second_LR, starts_LR[-1])
     shared, experts = [], []
-    for b.batch, part in enumerate(plan.batches):
-        *overlapped, experts_LR = _add_experts(b, part, layers, devices)
+    for number, part in enumerate(plan.batches):
+        with b.micro_batch(number):
+            *overlapped, experts_LR = _add_experts(b, part, layers, devices)
         shared.append(overlapped)
         experts.append(experts_LR)
     program = [fronts[0], *shared[0], fronts[1], *shared[1], *experts]
     _chain(b, program)
     b.edge(program[-1], starts_LR[1:])
-    for b.batch, part in enumerate(plan.batches):
-        index, delivery = _add_dispatch(b, part, fronts[b.batch])
-        b.edge(delivery, experts[b.batch][index[0], index[3]])
-        layer, home, returned = _add_combine(b, part, index, experts[b.batch][index[0], index[3]])
-        b.edge(returned, starts[b.batch][layer + 1, home])
+    for number, part in enumerate(plan.batches):
+        with b.micro_batch(number):
+            index, delivery = _add_dispatch(b, part, fronts[number])
+            b.edge(delivery, experts[number][index[0], index[3]])
+            layer, home, returned = _add_combine(b, part, index, experts[number][index[0], index[3]])
+            b.edge(returned, starts[number][layer + 1, home])
     return np.stack(program, axis=1), np.zeros((0, 4), dtype=np.int64)
 
 

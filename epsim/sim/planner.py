@@ -61,9 +61,11 @@ class StepPlanner:
 
     def _plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
         messages, num_layers = self._messages(traffic), traffic.pairs_LCRR.shape[0]
+        takes_part_R = (work.tokens_R > 0) | traffic.device_pairs_LR.any(axis=0)
         return StepPlan(
             mode=self._transmission.mode,
             **self._home_times(work, num_layers),
+            host_s_LR=self._host_s_LR(num_layers) * takes_part_R,
             **self._expert_times(traffic),
             **messages,
             copy_s_LR=self._copy_s_LR(messages),
@@ -86,9 +88,8 @@ class StepPlanner:
         def by_layer(seconds_R: Floats) -> Floats:
             return np.tile(factor_R * seconds_R, (num_layers, 1))
 
-        attention_s_LR, host_s_LR = by_layer(cost.attention_s_R(work)), by_layer(cost.layer_floor_s_R)
+        attention_s_LR = by_layer(cost.attention_s_R(work))
         attention_s_LR[0] *= 1 + dense_layers
-        host_s_LR[0] *= 1 + dense_layers
         dense_ffn_s_LR = np.zeros_like(attention_s_LR)
         dense_ffn_s_LR[0] = dense_layers * factor_R * cost.dense_ffn_s_R(work)
         return {
@@ -98,9 +99,13 @@ class StepPlanner:
             "router_s_LR": by_layer(cost.router_s_R(work)),
             "home_experts_s_LR": np.zeros_like(attention_s_LR),
             "shared_s_LR": by_layer(cost.shared_experts_s_R(work)),
-            "host_s_LR": host_s_LR,
             "head_s_R": factor_R * cost.head_s_R(work),
         }
+
+    def _host_s_LR(self, num_layers: int) -> Floats:
+        host_s_LR = np.tile(self._barrier_factor_R * self._cost.layer_floor_s_R, (num_layers, 1))
+        host_s_LR[0] *= 1 + self._model.num_dense_layers
+        return host_s_LR
 
     def _expert_times(self, traffic: StepTraffic) -> dict[str, Floats]:
         """Routed experts: all of a device in one kernel, or in mode async its own tokens and each message's apart."""
@@ -125,7 +130,7 @@ class StepPlanner:
         out_LCRR = messages["dispatch_bytes_LCRR"]
         if self._copy_time is None or not self._copy_time.exposed:
             return np.zeros((out_LCRR.shape[0], out_LCRR.shape[2]))
-        out_LCRR, back_LCRR = out_LCRR, messages["combine_bytes_LCRR"]
+        back_LCRR = messages["combine_bytes_LCRR"]
         if self._gateway_RN is None:
             return self._copy_time.seconds_LR(out_LCRR, back_LCRR)
         near_RR = self._node_of_device_R[:, None] == self._node_of_device_R

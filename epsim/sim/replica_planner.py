@@ -98,7 +98,8 @@ class ReplicaPlanner:
             experts_s_LR = cost.experts_s(self.served_pairs_LR(traffic), experts_LR) + cost.shared_experts_s_R(work)
             fronts["router_s_LR"][moe] = factor_R * cost.router_s_R(work)
             fronts["home_experts_s_LR"][moe] = factor_R * experts_s_LR
-        return {**fronts, "host_s_LR": np.tile(factor_R * cost.layer_floor_s_R / step, (shape[0], 1))}
+        floor_s_R = factor_R * cost.layer_floor_s_R * (work.tokens_R > 0)  # a replica without requests does nothing
+        return {**fronts, "host_s_LR": np.tile(floor_s_R / step, (shape[0], 1))}
 
     def _exchange_bytes(self, tokens_R: npt.NDArray[np.int64]) -> Floats:
         """Return what each device sends each other one in a reduce-scatter or an all-gather, [L, 1, R, R]."""

@@ -33,8 +33,8 @@ class StepPlan:
     vision_s_R: before the first layer. attention_s_LR, dense_ffn_s_LR (leading dense layers, counted to the MoE layer
     that follows them), router_s_LR: until a layer's dispatch. home_experts_s_LR: experts computed before the dispatch
     (tensor and data parallelism). shared_s_LR: shared experts, at the home. host_s_LR: the least time from the start of
-    a layer to the start of the next, which the host needs to launch it. copy_s_LR: what transfers take from the compute
-    of a home in mode async, before its local experts.
+    a layer (of the first: with the vision encoder) to the start of the next, in which the host launches it.
+    copy_s_LR: what transfers take from the compute of a home in mode async, before its local experts.
     experts_s_LR: routed experts of a device in one kernel (sync, two_batch). local_s_LR: those for its own tokens, and
     remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
     dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the

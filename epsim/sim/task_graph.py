@@ -4,6 +4,8 @@ A compute task holds its device; a message goes along the route of its two ends;
 device is a device of its own, number R + r. Letters: N tasks (nodes in _LCRN), E edges, L MoE layers, R devices.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -76,7 +78,7 @@ class TaskGraph:
 
 @dataclass
 class GraphBuilder:
-    """Collects tasks and edges array by array; what is added belongs to micro-batch `batch`."""
+    """Collects tasks and edges array by array."""
 
     num_devices: int
     batch: int = 0
@@ -97,6 +99,13 @@ class GraphBuilder:
         ids = np.arange(self.num_tasks, self.num_tasks + layer.size).reshape(layer.shape)
         self.num_tasks += layer.size
         return ids
+
+    @contextmanager
+    def micro_batch(self, batch: int) -> Iterator[None]:
+        """What is added inside belongs to this micro-batch."""
+        before, self.batch = self.batch, batch
+        yield
+        self.batch = before
 
     def compute(self, work: Work, layer: Ints, device: Ints, origin: Ints, duration_s: Floats) -> Ints:
         return self._add(Kind.COMPUTE, work, layer, device, device, origin, duration_s, 0.0)
