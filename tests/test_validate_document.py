@@ -14,7 +14,7 @@ from scipy.optimize import lsq_linear
 from epsim import cli
 from epsim.calibrate.measured import Floats, measured_matrix
 from epsim.calibrate.predict import Predictor
-from epsim.calibrate.problem import LOSS_SCALE, Problem, robust_cost
+from epsim.calibrate.problem import Problem
 from epsim.errors import InputError
 from epsim.report.files import to_json
 from epsim.scenario import apply_override, check_scenario, load_raw
@@ -117,7 +117,7 @@ def test_the_shipped_values_are_where_a_fit_ends(case: Case, predictor: Predicto
     problem = Problem(predictor=predictor, free=case.parameters, train=case.scheme(None).train, compare=COMPARE)
     at_N = np.array([parameter.to_unit(values[parameter.field]) for parameter in case.parameters])
     residuals, jacobian = problem.residuals(at_N), problem.jacobian(at_N)
-    weight = (1 + (residuals / LOSS_SCALE) ** 2) ** -0.25
+    weight = (1 + (residuals / problem.weights.loss_scale) ** 2) ** -0.25
     step = lsq_linear(
         weight[:, None] * jacobian,
         -weight * residuals,
@@ -127,7 +127,7 @@ def test_the_shipped_values_are_where_a_fit_ends(case: Case, predictor: Predicto
     assert step.cost > 0.98 * before
     # The same step from other values: there, much can be gained.
     moved_N = np.clip(at_N + 0.1, 0, 1)
-    assert robust_cost(problem.residuals(moved_N)) > 1.5 * robust_cost(residuals)
+    assert problem.robust_cost(problem.residuals(moved_N)) > 1.5 * problem.robust_cost(residuals)
 
 
 def test_few_tokens_and_coarse_turns_stand_for_the_whole(

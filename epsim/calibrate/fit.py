@@ -13,7 +13,7 @@ import numpy as np
 from epsim.calibrate.holdout import Mask
 from epsim.calibrate.measured import Compare, Floats
 from epsim.calibrate.parameters import Parameter
-from epsim.calibrate.problem import LOSS_SCALE, Predicts, Problem, Weights
+from epsim.calibrate.problem import Predicts, Problem, Weights
 from epsim.calibrate.workers import Workers
 
 
@@ -186,7 +186,7 @@ def search(predictor: Predicts, task: SearchTask) -> Solution:
         jac=problem.jacobian,
         bounds=(0.0, 1.0),
         loss="soft_l1",
-        f_scale=LOSS_SCALE,
+        f_scale=task.weights.loss_scale,
         max_nfev=task.max_steps,
         ftol=task.tolerance,
         xtol=0.1 * task.tolerance,
