@@ -85,11 +85,29 @@ def test_the_report_says_what_is_determined_and_what_is_not(epsim: Run) -> None:
     assert [seconds is None for seconds in held_out] == [cell["batch_size"] == 1 for cell in report["cells"]]
 
 
+def test_a_change_from_a_row_that_was_fitted_counts(epsim: Run) -> None:
+    # The synchronous rows are fitted, the asynchronous ones predicted: changes go from fitted to predicted rows, those of
+    # the naive rule from measured ones to its copies, which are the synchronous rows: 0 %, as measured.
+    code, out, _ = epsim(
+        *ASKED, "--json", "--compare", "transmission.mode=sync", "--hold-out", "transmission.mode=async"
+    )
+    assert code == 0
+    report = json.loads(out)
+    scheme = report["schemes"][2]
+    assert (scheme["num_test"], scheme["errors"]["num_cells"]) == (2, 4)
+    assert 0 <= scheme["errors"]["speedup_ttft_points"] < 1
+    assert scheme["naive"]["speedup_ttft_points"] == pytest.approx(0, abs=1e-9)
+    assert [cell["held out transmission.mode=async: predicted_s"] is None for cell in report["cells"]] == [True] * 3 + [
+        False
+    ] * 4
+
+
 def test_tables_name_everything(epsim: Run) -> None:
     code, out, _ = epsim(*ASKED, "--folds", "2", "--cells", "--csv", "cells.csv")
     assert code == 0
     for words in (
         "7 measured cells of measured.csv; 2 parameters fitted, converged",
+        "pair weight 3, ridge 0.001, loss scale 0.05, seed 0; 4 seeded points",
         "UNDETERMINED: reaches both bounds",
         "scenario as it is, nothing fitted",
         "all rows fitted (in sample)",
@@ -108,6 +126,9 @@ def test_a_profile_is_a_device_type_that_predicts_the_same(epsim: Run) -> None:
     assert Path("fitted.yaml").read_bytes() == first
     assert str(Path.cwd()) not in first.decode()
     assert "# command: epsim calibrate measured.csv --scenario small.yaml --parameters fit.yaml\n" in first.decode()
+    assert (
+        "# search: pair weight 3, ridge 0.001, loss scale 0.05, seed 0; 4 seeded points, 2 followed" in first.decode()
+    )
     overrides = ["cluster.device_types.orin=fitted.yaml", *report["set"], "workload.batch_sizes=[1, 2]"]
     sizes = simulate(load_scenario(Path("small.yaml"), overrides)).results["batch_sizes"]
     cell = report["cells"][0]

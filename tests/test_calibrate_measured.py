@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epsim.calibrate.holdout import errors, hold_out, in_sample, k_folds, naive
+from epsim.calibrate.holdout import errors, hold_out, in_sample, k_folds, naive, naive_beside_seen
 from epsim.calibrate.measured import (
     Compare,
     MeasuredError,
@@ -183,6 +183,15 @@ def test_naive_in_sample_leaves_the_row_itself_out() -> None:
     rows = [row(1, 1.0), row(2, 5.0), row(4, 4.0)]
     every = np.ones(3, dtype=bool)
     assert naive(rows, every, every)[1, 0] == pytest.approx(2.0)
+
+
+def test_the_naive_rule_sees_measured_rows_but_never_a_test_row() -> None:
+    # Row 1 is a copy of row 0, row 2 stands beside nothing that was measured (no TPOT at all).
+    rows = [row(1, 1.0, m="a"), row(1, 4.0, m="b"), row(2, 3.0, 0.5, m="b")]
+    scheme = hold_out(rows, "m=b")
+    found = naive_beside_seen(rows, scheme)
+    assert found[:, 0].tolist() == [1.0, 1.0, 1.0]
+    assert np.isnan(found[:, 1]).all()
 
 
 def parameter_text(**changes: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from epsim.calibrate.fit import Effort, Fit, fit
-from epsim.calibrate.holdout import Errors, Mask, Scheme, errors, hold_out, in_sample, naive
+from epsim.calibrate.holdout import Errors, Mask, Scheme, errors, hold_out, in_sample, naive_beside_seen
 from epsim.calibrate.measured import Compare, Floats, MeasuredRow, measured_matrix, read_measured
 from epsim.calibrate.parameters import Parameter, load_parameters
 from epsim.calibrate.predict import Predictor
@@ -65,7 +65,11 @@ def load_case(scenarios: Path) -> Case:
 
 
 def fit_rows(case: Case, train: Mask) -> Fit:
-    """Fit the training rows; the predictions are of all rows, all else in the fit knows the training rows only."""
+    """Fit the training rows alone; what comes out predicts all rows.
+
+    The values of the others are never seen. What was chosen beforehand with every row seen are the model's terms, the
+    bounds, the images per request and the weights.
+    """
     rows = tuple(row for row, known in zip(case.rows, train, strict=True) if known)
     with Workers(Predictor(case.raw, rows), os.cpu_count() or 1) as workers:
         every = np.ones(len(rows), dtype=bool)
@@ -96,8 +100,7 @@ def latency_report(case: Case, fits: Mapping[str, Fit]) -> dict[str, Any]:
 def scheme_report(case: Case, key: str, title: str, held_out: str | None, predicted: Floats) -> dict[str, Any]:
     """Return the errors of predictions, s [rows, 2], on the test rows of a study, with and without the outlier."""
     scheme = case.scheme(held_out)
-    known = naive(case.rows, scheme.train, scheme.test)
-    known = np.where(np.isnan(known), measured_matrix(case.rows), known)  # what is not predicted has been seen
+    known = naive_beside_seen(case.rows, scheme)
     return {
         "key": key,
         "title": title,
