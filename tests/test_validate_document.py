@@ -31,7 +31,7 @@ from epsim.validate.document import (
 from epsim.validate.figures import draw_figures, require_matplotlib
 from epsim.validate.latency import COMPARE, STUDIES, Case, cells, load_case, scheme_report
 from epsim.validate.parts import parts_report
-from epsim.validate.published import load_published
+from epsim.validate.published import data_path, load_published
 from epsim.validate.report import require_scenarios
 from epsim.validate.transfer import transfer_report
 
@@ -215,7 +215,7 @@ def test_the_command_prints_and_writes(
     report = small_report(case, predicted)
     monkeypatch.setattr("epsim.validate.report.published_report", lambda scenarios, advance: (report, "memory: 1 GB\n"))
     monkeypatch.chdir(tmp_path)
-    for options in ([], ["--json", "--docs", "page.md", "--profile", "device.yaml"]):
+    for options in ([], ["--json", "--docs", "page.md", "--device", "device.yaml"]):
         monkeypatch.setattr(sys, "argv", ["epsim", "validate", "published", *options])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
@@ -235,12 +235,31 @@ def test_nothing_is_computed_for_a_file_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("epsim.validate.report.published_report", lambda *arguments: pytest.fail("computed"))
-    for option in ("--docs", "--profile"):
+    for option in ("--docs", "--device"):
         monkeypatch.setattr(sys, "argv", ["epsim", "validate", "published", option, str(tmp_path / "none" / "file")])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert stopped.value.code == 2
         assert "there is no folder" in capsys.readouterr().err
+
+
+def test_no_file_that_is_read_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("epsim.validate.report.published_report", lambda *arguments: pytest.fail("computed"))
+    scenario, page = str(ROOT / "scenarios" / "s11" / "orin-2x-olmoe.yaml"), str(tmp_path / "page.md")
+    for options, message in (
+        (["--device", scenario], "is read for this"),
+        (["--docs", str(data_path("s11.csv"))], "is read for this"),
+        (["--docs", page, "--device", page], "is what --docs writes"),
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["epsim", "validate", "published", "--scenarios", str(ROOT / "scenarios"), *options]
+        )
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_shipped_document_names_no_other_figures() -> None:

@@ -5,7 +5,6 @@ the unpublished workload may have. Plain values come out, for JSON, tables, figu
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ from epsim.calibrate.holdout import Errors, Mask, Scheme, errors, hold_out, in_s
 from epsim.calibrate.measured import Compare, Floats, MeasuredRow, measured_matrix, read_measured
 from epsim.calibrate.parameters import Parameter, load_parameters
 from epsim.calibrate.predict import Predictor
-from epsim.calibrate.workers import Workers
+from epsim.calibrate.workers import Workers, default_processes
 from epsim.scenario import load_raw
 from epsim.validate.published import data_path
 
 COMPARE = Compare(column="trace.method", value="baseline")
 EFFORT = Effort(tolerance=1e-8)  # a long flat valley: with the default the search stops some steps early
 DATA_NAME = "s11.csv"
+PARAMETERS_NAME = "orin.parameters.yaml"
 SCENARIO = Path("s11") / "orin-2x-olmoe.yaml"
 IMAGES = (1, 2, 3)
 ASSUMED_IMAGES = 2
@@ -60,7 +60,7 @@ def load_case(scenarios: Path) -> Case:
     return Case(
         raw=load_raw(scenarios / SCENARIO),
         rows=read_measured(data_path(DATA_NAME)),
-        parameters=load_parameters(data_path("orin.parameters.yaml")),
+        parameters=load_parameters(data_path(PARAMETERS_NAME)),
     )
 
 
@@ -71,7 +71,7 @@ def fit_rows(case: Case, train: Mask) -> Fit:
     bounds, the images per request and the weights.
     """
     rows = tuple(row for row, known in zip(case.rows, train, strict=True) if known)
-    with Workers(Predictor(case.raw, rows), os.cpu_count() or 1) as workers:
+    with Workers(Predictor(case.raw, rows), default_processes()) as workers:
         every = np.ones(len(rows), dtype=bool)
         found = fit(workers.predictor, case.parameters, every, COMPARE, effort=EFFORT, workers=workers)
     if len(rows) == len(case.rows):

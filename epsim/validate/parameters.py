@@ -9,7 +9,7 @@ from epsim.calibrate.fit import Fit
 from epsim.validate.latency import COMPARE, DATA_NAME, EFFORT, STUDIES, Case
 
 _PREFIXES = ("cluster.device_types.orin.", "cluster.")
-_COMMAND = "epsim validate published --profile FILE"
+_COMMAND = "epsim validate published --device FILE"
 
 
 def parameter_report(case: Case, fits: Mapping[str, Fit]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ LIMITS = """## How to do it again
 epsim validate published                            # tables on the screen
 epsim validate published --json                     # all values
 epsim validate published --docs docs/validation.md  # this page and its figures
-epsim validate published --profile PROFILE.yaml     # the fitted device, as shipped in epsim/presets/devices/
+epsim validate published --device DEVICE.yaml       # the fitted device, as shipped in epsim/presets/devices/
 ```
 
 From the repository's root, since the scenarios are read from `scenarios/`. The same commands give the same page on
