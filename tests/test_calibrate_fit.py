@@ -123,11 +123,33 @@ def test_what_cannot_be_fitted_is_said() -> None:
     )])  # fmt: skip
     with pytest.raises(ParameterError, match=r"the measurements set it in the column cluster.links\[0\].bandwidth"):
         predictor.check(["cluster.links[ethernet].bandwidth"])
+    with pytest.raises(ParameterError, match=r"links\[ethernet\].latency: is the same field as cluster.links\[0\].lat"):
+        predictor.check(["cluster.links[0].latency", "cluster.links[ethernet].latency"])
     with pytest.raises(ParameterError, match=r"orin.staging.bandwidth: is missing"):
         predictor.check([f"{ORIN}.staging.message_overhead"])
     with pytest.raises(ScenarioError, match="the cluster has no xavier; write one of orin"):
         predictor.check(["cluster.device_types.xavier.launch_overhead"])
     predictor.check([f"{ORIN}.staging.message_overhead", f"{ORIN}.staging.bandwidth"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("cluster", "orin-2x-10gbe"),
+        (ORIN, "orin-smoes-s11"),
+        ("cluster.device_types[orin].staging", {"bandwidth": "1 GB/s"}),
+        (f"{ORIN}.staging.bandwidth", "1 GB/s"),
+    ],
+)
+def test_a_column_that_holds_a_fitted_field_is_refused(column: str, value: Any) -> None:
+    rows = [MeasuredRow(settings=((column, value),), batch_size=1, ttft_s=1.0, tpot_s=None)]
+    predictor = Predictor(raw_scenario(), rows)
+    name = f"{ORIN}.staging.bandwidth"
+    with pytest.raises(ParameterError) as error:
+        predictor.check(["cluster.links[ethernet].latency", name] if column != "cluster" else [name])
+    assert str(error.value) == f"{name}: the measurements set it in the column {column}; fit it or set it"
+    if column != "cluster":
+        predictor.check(["cluster.links[ethernet].latency"])
 
 
 def test_residuals_by_hand() -> None:

@@ -4,7 +4,7 @@ A report is a mapping of plain values, in SI units and with their text beside.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from epsim import __version__
 from epsim.calibrate.determine import Interval, linearised, profile
 from epsim.calibrate.fit import DEFAULT_EFFORT, DEFAULT_WEIGHTS, Effort, Fit, fit
-from epsim.calibrate.holdout import Mask, Scheme, errors, in_sample, naive_beside_seen
+from epsim.calibrate.holdout import Mask, Scheme, errors, in_sample, naive_beside_seen, require_cells
 from epsim.calibrate.measured import METRICS, Compare, Floats, MeasuredRow, measured_matrix
 from epsim.calibrate.parameters import Parameter
 from epsim.calibrate.predict import Predictor
@@ -22,6 +22,7 @@ from epsim.calibrate.workers import Workers
 from epsim.scenario.fields import ClusterField
 
 _MOST_PROFILES = 3
+_NOT_CONVERGED = "not converged: a better fit was found on the way"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ def calibrate(predictor: Predictor, question: Question, workers: Workers) -> Cal
     """Fit all rows and, anew, the training rows of each hold-out. InputError where a field cannot be fitted."""
     predictor.check([parameter.field for parameter in question.parameters])
     every = in_sample(predictor.rows)
+    require_cells(predictor.rows, [every, *(scheme for schemes in question.hold_outs.values() for scheme in schemes)])
     best = _fit(predictor, question, every, workers)
     intervals = linearised(best)
     if question.profiled:
@@ -115,16 +117,21 @@ def _fit(
 def _profiled(
     predictor: Predictor, question: Question, best: Fit, workers: Workers
 ) -> tuple[Fit, tuple[Interval, ...]]:
-    """Return the profiled intervals, and the better fit if the walks came upon one."""
-    for _ in range(_MOST_PROFILES):
-        found = profile(best, workers)
+    """Return the profiled intervals with the fit that they are of: a better one, if the walks came upon one.
+
+    Where the last walks still came upon one, nothing is determined: the minimum has not been found.
+    """
+    found = profile(best, workers)
+    for _ in range(_MOST_PROFILES - 1):
         if found.better is None:
             break
         better = _fit(predictor, question, in_sample(predictor.rows), workers, found.better)
         if better.cost >= best.cost:
-            break
-        best = better
-    return best, found.intervals
+            return best, found.intervals
+        best, found = better, profile(better, workers)
+    if found.better is None:
+        return best, found.intervals
+    return best, tuple(replace(interval, why=_NOT_CONVERGED) for interval in found.intervals)
 
 
 def report(calibration: Calibration, data_name: str) -> dict[str, Any]:
