@@ -12,9 +12,11 @@ import pytest
 from scipy.optimize import lsq_linear
 
 from epsim import cli
+from epsim.calibrate.fit import Fit
+from epsim.calibrate.holdout import in_sample
 from epsim.calibrate.measured import Floats, measured_matrix
 from epsim.calibrate.predict import Predictor
-from epsim.calibrate.problem import Problem
+from epsim.calibrate.problem import Problem, Weights
 from epsim.errors import InputError
 from epsim.report.files import to_json
 from epsim.scenario import apply_override, check_scenario, load_raw
@@ -29,8 +31,10 @@ from epsim.validate.document import (
     write_document,
 )
 from epsim.validate.figures import draw_figures, require_matplotlib
-from epsim.validate.latency import COMPARE, STUDIES, Case, cells, load_case, scheme_report
+from epsim.validate.fitted import influence_sentence, intervals_text
+from epsim.validate.latency import COMPARE, STUDIES, Case, cells, load_case, scheme_report, without_influence
 from epsim.validate.parts import parts_report
+from epsim.validate.prose import FITTED as FITTED_PROSE
 from epsim.validate.published import data_path, load_published
 from epsim.validate.report import require_scenarios
 from epsim.validate.transfer import transfer_report
@@ -152,6 +156,40 @@ def test_parts_add_up_to_the_predictions(case: Case, values: dict[str, float], p
     assert found == pytest.approx(predicted[[0, 9]], rel=1e-9)
 
 
+def test_what_the_baseline_s_rows_say_nothing_of_is_named(case: Case, values: dict[str, float]) -> None:
+    # transfer_overlap acts where transfers and computation overlap, which they do in asynchronous rows alone.
+    some = [0, 3, 13, 17]
+    assert {case.rows[i].get("transmission.mode") for i in some} == {"sync"}
+    found = []
+    for members in (some, [*some, 9]):
+        rows = [case.rows[i] for i in members]
+        problem = Problem(predictor=Predictor(case.raw, rows), free=case.parameters, train=in_sample(rows).train)
+        at_N = np.array([parameter.to_unit(values[parameter.field]) for parameter in case.parameters])
+        fit = Fit(
+            values=values, predicted=np.zeros((0, 2)), cost=0.0, at_N=at_N, jacobian=problem.jacobian(at_N),
+            message="", evaluations=0, problem=problem,
+        )  # fmt: skip
+        found.append(without_influence(case, fit))
+    assert [entry["field"].rpartition(".")[2] for entry in found[0]] == ["transfer_overlap"]
+    assert found[1] == []
+    report = {"title": "some study", "without_influence": found[0]}
+    other = {"title": "another", "without_influence": found[1]}
+    said = influence_sentence([other, report])
+    assert said.endswith(f"Some study: `transfer_overlap` at {values[found[0][0]['field']]:.4g}.")
+    assert influence_sentence([other]) == "Every parameter moves some fitted row of every study."
+
+
+def test_systematic_residuals_are_counted(case: Case, predicted: Floats) -> None:
+    # By hand: rows come in blocks of six batch sizes, baseline and attention-soft of each data set.
+    above = np.reshape(predicted > measured_matrix(case.rows), (2, 2, 6, 2))
+    same = int((above[:, 0] == above[:, 1]).sum())
+    assert f"the same way in {same} of 24 pairs of cells" in " ".join(intervals_text(cells(case, predicted)).split())
+
+
+def test_the_prose_says_what_the_fits_are_made_with() -> None:
+    assert f"the pair weight ({Weights().pairs:g}) and the loss scale ({Weights().loss_scale:g})" in FITTED_PROSE
+
+
 TEXTS = {"value": "45 ms", "specified": None, "low": "0 s", "high": "100 ms", "interval_low": "0 s"}
 PARAMETER = {
     "name": "layer_overhead",
@@ -164,7 +202,7 @@ PARAMETER = {
 
 def small_report(case: Case, predicted: Floats) -> dict[str, Any]:
     known = cells(case, predicted)
-    study = scheme_report(case, *STUDIES[0], predicted)
+    study = scheme_report(case, *STUDIES[0], predicted) | {"without_influence": []}
     parts = {"attention": 1.0, "experts": 0.5, "vision": 0.25}
     return {
         "citation": "nobody",

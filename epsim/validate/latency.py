@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from epsim.calibrate.calibration import text
 from epsim.calibrate.fit import Effort, Fit, fit
 from epsim.calibrate.holdout import Errors, Mask, Scheme, errors, hold_out, in_sample, naive_beside_seen
 from epsim.calibrate.measured import Compare, Floats, MeasuredRow, measured_matrix, read_measured
@@ -35,6 +36,7 @@ STUDIES = (
     ("smoes", "SMoES from the baseline", "trace.method=attention-soft"),
     ("sqa_img", "SQA-IMG from MMMU", "trace.benchmark=SQA-IMG"),
 )
+_NO_INFLUENCE = 1e-9  # a derivative of the logarithm of a time, by a parameter's whole range: rounding gives 1e-12
 Advance = Callable[[str], None]
 
 
@@ -91,10 +93,22 @@ def run_studies(case: Case, advance: Advance = lambda text: None) -> dict[str, F
 def latency_report(case: Case, fits: Mapping[str, Fit]) -> dict[str, Any]:
     """Return schemes with their errors beside the naive rule, and every cell, published and predicted."""
     studies = [
-        scheme_report(case, key, title, held_out, fits[key].predicted) | {"values": dict(fits[key].values)}
+        scheme_report(case, key, title, held_out, fits[key].predicted)
+        | {"values": dict(fits[key].values), "without_influence": without_influence(case, fits[key])}
         for key, title, held_out in STUDIES
     ]
     return {"studies": studies, "cells": cells(case, fits["in_sample"].predicted), "held_out": _held_out(case, fits)}
+
+
+def without_influence(case: Case, fit: Fit) -> list[dict[str, str]]:
+    """Return field and value of the parameters that no fitted row depends on at the fit: the ridge places them."""
+    data_DN = fit.jacobian[: -len(case.parameters)]
+    still_N = np.abs(data_DN).max(axis=0) < _NO_INFLUENCE
+    return [
+        {"field": parameter.field, "text": str(text(parameter, fit.values[parameter.field]))}
+        for parameter, still in zip(case.parameters, still_N, strict=True)
+        if still
+    ]
 
 
 def scheme_report(case: Case, key: str, title: str, held_out: str | None, predicted: Floats) -> dict[str, Any]:
