@@ -207,7 +207,7 @@ def published(
     docs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the document, and its figures to images/ beside it.")
     ] = None,
-    profile: Annotated[
+    device: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the device that fits table S11 best (YAML).")
     ] = None,
     scenarios: Annotated[Path, typer.Option(metavar="DIR", help="The folder of s10/ and s11/.")] = Path("scenarios"),
@@ -215,23 +215,21 @@ def published(
 ) -> None:
     """Predictions beside SMoES tables S10, S11 and S12: reproduced, fitted, held out. Takes some minutes."""
     from epsim.calibrate.profile import write_profile
-    from epsim.report.files import check_file, check_folder, to_json
+    from epsim.report.files import check_folder, check_outputs, to_json
     from epsim.report.validation import validation_tables
     from epsim.validate.document import write_document
     from epsim.validate.figures import require_matplotlib
-    from epsim.validate.report import published_report
+    from epsim.validate.report import files_read, published_report
 
     if docs is not None:
         require_matplotlib()
-        check_file(docs)
         check_folder(docs.parent / "images")
-    if profile is not None:
-        check_file(profile)
-    report, device = published_report(scenarios, lambda text: typer.echo(text, err=True))
-    if profile is not None:
-        write_profile(profile, device)
+    check_outputs({"--docs": docs, "--device": device}, files_read(scenarios))
+    report, profile = published_report(scenarios, lambda text: typer.echo(text, err=True))
+    if device is not None:
+        write_profile(device, profile)
         typer.echo(
-            f"wrote {profile}; with it go: " + " ".join(f"--set '{line}'" for line in report["s11"]["set"]), err=True
+            f"wrote {device}; with it go: " + " ".join(f"--set '{line}'" for line in report["s11"]["set"]), err=True
         )
     written = write_document(docs, report) if docs is not None else []
     for path in written:

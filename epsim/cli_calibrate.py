@@ -17,12 +17,14 @@ def calibrate(
         list[str] | None, typer.Option(metavar="COL=V,V", help="Predict these rows from others.")
     ] = None,
     folds: Annotated[int | None, typer.Option(metavar="K", help="Predict each K-th of the rows from the rest.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Intervals by refitting, not linearised (slow).")] = False,
+    refit_intervals: Annotated[
+        bool, typer.Option("--refit-intervals", help="Intervals by refitting, not linearised (slow).")
+    ] = False,
     pair_weight: Annotated[float, typer.Option(min=0, max=100, help="Weight of a change beside a level.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Of starts and folds.")] = 0,
     processes: Annotated[int | None, typer.Option(metavar="N", help="Default: one for each core.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write a device profile.")
+    device: Annotated[
+        Path | None, typer.Option("--device", "-o", metavar="FILE", help="Write the fitted device as a profile (YAML).")
     ] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write every cell as CSV.")] = None,
     cells: Annotated[bool, typer.Option("--cells", help="Also print every cell.")] = False,
@@ -36,20 +38,19 @@ def calibrate(
     from epsim.calibrate.command import prepare, run
     from epsim.calibrate.profile import write_profile
     from epsim.report.calibration import calibration_tables
-    from epsim.report.files import check_file, to_json, write_csv
+    from epsim.report.files import check_outputs, to_json, write_csv
 
-    for path in filter(None, (output, csv)):
-        check_file(path)
+    check_outputs({"--device": device, "--csv": csv}, (measured, scenario, parameters))
     prepared = prepare(
         measured, scenario, overrides=overrides or (), parameters=parameters, compare=compare, folds=folds,
-        hold_outs=hold_out or (), pair_weight=pair_weight, seed=seed, profiled=profile,
-        wants_profile=output is not None,
+        hold_outs=hold_out or (), pair_weight=pair_weight, seed=seed, profiled=refit_intervals,
+        wants_profile=device is not None,
     )  # fmt: skip
     with progress(None, "calibrating") as advance:
         found = run(prepared, processes, advance)
     described = report(found, measured.name)
-    if output is not None:
-        write_profile(output, device_profile(found, measured.name, prepared.command))
+    if device is not None:
+        write_profile(device, device_profile(found, measured.name, prepared.command))
     if csv is not None:
         write_csv(csv, described["cells"])
     if json_output:

@@ -1,6 +1,7 @@
 """`epsim calibrate` as people call it: the report, the profile that it writes, and mistakes as one line."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,11 +86,63 @@ def test_the_report_says_what_is_determined_and_what_is_not(epsim: Run) -> None:
     assert [seconds is None for seconds in held_out] == [cell["batch_size"] == 1 for cell in report["cells"]]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--csv", "measured.csv"), "--csv measured.csv: is read for this"),
+        (("--csv", "./small.yaml"), "--csv small.yaml: is read for this"),
+        (("--device", "fit.yaml"), "--device fit.yaml: is read for this"),
+        (("--device", "link.yaml"), "--device link.yaml: is read for this"),
+        (("--device", "new.yaml", "--csv", "here/new.yaml"), "--csv here/new.yaml: is what --device writes"),
+    ],
+)
+def test_no_output_replaces_an_input_or_another_output(
+    epsim: Run, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "calibrate", lambda *arguments: pytest.fail("computed"))
+    Path("link.yaml").symlink_to("small.yaml")
+    Path("here").symlink_to(".")
+    before = {path: path.read_text() for path in Path().iterdir() if path.is_file()}
+    code, _, err = epsim(*ASKED, *arguments)
+    assert code == 2
+    assert message in err
+    assert {path: path.read_text() for path in Path().iterdir() if path.is_file()} == before
+
+
+def test_the_command_of_a_profile_is_one_that_a_shell_takes(epsim: Run) -> None:
+    overrides = ("--set", "cluster.links[ethernet].name=ether net", "--seed", "3")
+    parameters = Path("fit.yaml").read_text().replace("links[ethernet]", "links[0]")
+    Path("fit.yaml").write_text(parameters)
+    assert epsim(*ASKED, *overrides, "-o", "fitted.yaml")[0] == 0
+    (line,) = [line for line in Path("fitted.yaml").read_text().splitlines() if line.startswith("# command: ")]
+    words = shlex.split(line.removeprefix("# command: "))
+    assert words[:5] == ["epsim", "calibrate", "measured.csv", "--scenario", "small.yaml"]
+    assert words[5:] == [*overrides[:2], "--parameters", "fit.yaml", *overrides[2:]]
+
+
+def test_a_change_from_a_row_that_was_fitted_counts(epsim: Run) -> None:
+    # The synchronous rows are fitted, the asynchronous ones predicted: changes go from fitted to predicted rows, those
+    # of the naive rule from measured ones to its copies, which are the synchronous rows: 0 %, as measured.
+    code, out, _ = epsim(
+        *ASKED, "--json", "--compare", "transmission.mode=sync", "--hold-out", "transmission.mode=async"
+    )
+    assert code == 0
+    report = json.loads(out)
+    scheme = report["schemes"][2]
+    assert (scheme["num_test"], scheme["errors"]["num_cells"]) == (2, 4)
+    assert 0 <= scheme["errors"]["speedup_ttft_points"] < 1
+    assert scheme["naive"]["speedup_ttft_points"] == pytest.approx(0, abs=1e-9)
+    assert [cell["held out transmission.mode=async: predicted_s"] is None for cell in report["cells"]] == [True] * 3 + [
+        False
+    ] * 4
+
+
 def test_tables_name_everything(epsim: Run) -> None:
     code, out, _ = epsim(*ASKED, "--folds", "2", "--cells", "--csv", "cells.csv")
     assert code == 0
     for words in (
         "7 measured cells of measured.csv; 2 parameters fitted, converged",
+        "pair weight 3, ridge 0.001, loss scale 0.05, seed 0; 4 seeded points",
         "UNDETERMINED: reaches both bounds",
         "scenario as it is, nothing fitted",
         "all rows fitted (in sample)",
@@ -101,13 +154,16 @@ def test_tables_name_everything(epsim: Run) -> None:
 
 
 def test_a_profile_is_a_device_type_that_predicts_the_same(epsim: Run) -> None:
-    arguments = (*ASKED, "--output", "fitted.yaml", "--json")
+    arguments = (*ASKED, "--device", "fitted.yaml", "--json")
     report = json.loads(epsim(*arguments)[1])
     first = Path("fitted.yaml").read_bytes()
     epsim(*arguments)
     assert Path("fitted.yaml").read_bytes() == first
     assert str(Path.cwd()) not in first.decode()
     assert "# command: epsim calibrate measured.csv --scenario small.yaml --parameters fit.yaml\n" in first.decode()
+    assert (
+        "# search: pair weight 3, ridge 0.001, loss scale 0.05, seed 0; 4 seeded points, 2 followed" in first.decode()
+    )
     overrides = ["cluster.device_types.orin=fitted.yaml", *report["set"], "workload.batch_sizes=[1, 2]"]
     sizes = simulate(load_scenario(Path("small.yaml"), overrides)).results["batch_sizes"]
     cell = report["cells"][0]
@@ -119,14 +175,15 @@ def test_a_profile_is_a_device_type_that_predicts_the_same(epsim: Run) -> None:
     ("arguments", "message"),
     [
         (("--compare", "transmission.mode=slow"), "no row has slow; known are sync, async"),
+        (("--compare", "transmission.mode=sync,async"), "2 values; write the one that all others stand beside"),
         (("--folds", "1"), "--folds: 1 is not from 2 to 4"),
         (("--hold-out", "batch_size=1,2"), "holds out every row"),
         (("--processes", "0"), "--processes: 0 is not from 1 to 16"),
         (("--set", "cluster.links[0].name=wire"), "there is no entry ethernet; write one of 0, wire"),
         (("--parameters", "none.yaml"), "none.yaml: cannot be read"),
         (("--scenario", "none.yaml"), "none.yaml: cannot be read"),
-        (("--output", "no/where.yaml"), "there is no folder no"),
-        (("--output", "fitted.yaml", "--parameters", "cable.yaml"), "--output: no device type is fitted"),
+        (("--device", "no/where.yaml"), "there is no folder no"),
+        (("--device", "fitted.yaml", "--parameters", "cable.yaml"), "--device: no device type is fitted"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(epsim: Run, arguments: tuple[str, ...], message: str) -> None:

@@ -12,7 +12,7 @@ from epsim.calibrate.holdout import in_sample
 from epsim.calibrate.measured import Compare, Floats, MeasuredError, MeasuredRow
 from epsim.calibrate.parameters import Parameter, ParameterError, default_parameters
 from epsim.calibrate.predict import Predictor
-from epsim.calibrate.problem import LOSS_SCALE, Problem, Weights, robust_cost
+from epsim.calibrate.problem import Problem, Weights
 from epsim.calibrate.workers import Workers
 from epsim.errors import CapacityError, ScenarioError
 from epsim.run import simulate
@@ -123,11 +123,33 @@ def test_what_cannot_be_fitted_is_said() -> None:
     )])  # fmt: skip
     with pytest.raises(ParameterError, match=r"the measurements set it in the column cluster.links\[0\].bandwidth"):
         predictor.check(["cluster.links[ethernet].bandwidth"])
+    with pytest.raises(ParameterError, match=r"links\[ethernet\].latency: is the same field as cluster.links\[0\].lat"):
+        predictor.check(["cluster.links[0].latency", "cluster.links[ethernet].latency"])
     with pytest.raises(ParameterError, match=r"orin.staging.bandwidth: is missing"):
         predictor.check([f"{ORIN}.staging.message_overhead"])
     with pytest.raises(ScenarioError, match="the cluster has no xavier; write one of orin"):
         predictor.check(["cluster.device_types.xavier.launch_overhead"])
     predictor.check([f"{ORIN}.staging.message_overhead", f"{ORIN}.staging.bandwidth"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("cluster", "orin-2x-10gbe"),
+        (ORIN, "orin-smoes-s11"),
+        ("cluster.device_types[orin].staging", {"bandwidth": "1 GB/s"}),
+        (f"{ORIN}.staging.bandwidth", "1 GB/s"),
+    ],
+)
+def test_a_column_that_holds_a_fitted_field_is_refused(column: str, value: Any) -> None:
+    rows = [MeasuredRow(settings=((column, value),), batch_size=1, ttft_s=1.0, tpot_s=None)]
+    predictor = Predictor(raw_scenario(), rows)
+    name = f"{ORIN}.staging.bandwidth"
+    with pytest.raises(ParameterError) as error:
+        predictor.check(["cluster.links[ethernet].latency", name] if column != "cluster" else [name])
+    assert str(error.value) == f"{name}: the measurements set it in the column {column}; fit it or set it"
+    if column != "cluster":
+        predictor.check(["cluster.links[ethernet].latency"])
 
 
 def test_residuals_by_hand() -> None:
@@ -138,7 +160,7 @@ def test_residuals_by_hand() -> None:
         free=(parameter("b", 1.0, 3.0, log=False),),
         train=np.ones(2, dtype=bool),
         compare=Compare(column="mode", value="slow"),
-        weights=Weights(pairs=3.0, ridge=0.1),
+        weights=Weights(pairs=3.0, ridge=0.1, loss_scale=0.2),
         fixed={"a": 1.0, "c": 0.5},
     )
     # Levels log(3/2), 0, 0; the difference 3 * (0 - log(3/2)); the ridge 0.1 * (0.5 - 0): b = 1 is the low bound.
@@ -147,9 +169,9 @@ def test_residuals_by_hand() -> None:
     assert problem.num_cells == 3
     # d log(1 + b)/d place = 2/(1 + b) = 2/3; fast: d log(1 + b/2) = 1/(1 + b/2) = 1/2.
     assert problem.jacobian(np.array([0.5]))[:, 0] == pytest.approx([2 / 3, 0, 1 / 2, -3 / 6, 0.1], abs=1e-3)
-    # Small residuals cost r^2 / 2, large ones about LOSS_SCALE * |r|.
-    assert robust_cost(np.array([1e-4])) == pytest.approx(0.5e-8, rel=1e-4)
-    assert robust_cost(np.array([100.0])) == pytest.approx(LOSS_SCALE * 100, rel=2e-3)
+    # Small residuals cost r^2 / 2, large ones about the loss scale times |r|.
+    assert problem.robust_cost(np.array([1e-4])) == pytest.approx(0.5e-8, rel=1e-4)
+    assert problem.robust_cost(np.array([100.0])) == pytest.approx(0.2 * 100, rel=2e-3)
 
 
 def test_known_values_are_found_again() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epsim.calibrate.holdout import errors, hold_out, in_sample, k_folds, naive
+from epsim.calibrate.holdout import errors, hold_out, in_sample, k_folds, naive, naive_beside_seen, require_cells
 from epsim.calibrate.measured import (
     Compare,
     MeasuredError,
@@ -17,6 +17,7 @@ from epsim.calibrate.measured import (
     read_measured,
 )
 from epsim.calibrate.parameters import Parameter, ParameterError, default_parameters, load_parameters, parse_parameters
+from epsim.calibrate.profile import fitted_type, set_lines
 from epsim.scenario.cluster import ClusterSpec
 from epsim.scenario.fields import ClusterField
 
@@ -72,6 +73,7 @@ def test_values_are_yaml_and_empty_cells_leave_the_scenario(tmp_path: Path) -> N
         ("batch_size,ttft_s\n1,-1\n", 'column ttft_s: "-1" is not a number of seconds above 0'),
         ("batch_size,ttft_s\n1,nan\n", 'column ttft_s: "nan" is not a number of seconds above 0'),
         ("batch_size,ttft_s,a\n1,1,[\n", 'line 2, column a: "[" is not YAML'),
+        ("batch_size,ttft_s,tpot_s\n1,1,\n2,,\n", "line 3: holds neither TTFT nor TPOT"),
         ("batch_size,ttft_s\n1,1\n1,2\n", "line 3: the same settings and batch size as line 2"),
     ],
 )
@@ -109,6 +111,7 @@ def test_pairs_keep_other_settings_apart() -> None:
         ),
         ("trace.method=base", "no row has base; known are baseline, soft"),
         ("trace.method", "write column=value"),
+        ("trace.method=baseline,soft", "2 values; write the one"),
         ("trace.method=", "no value; known are baseline, soft"),
     ],
 )
@@ -148,6 +151,13 @@ def test_folds_test_every_row_once_and_keep_pairs_together() -> None:
         k_folds(rows, 8, seed=5, compare=compare)
 
 
+def test_a_scheme_without_a_cell_to_fit_is_refused() -> None:
+    rows = [row(1, 1.0), row(2, None)]
+    with pytest.raises(MeasuredError, match="held out batch_size=1: leaves no measured cell to fit"):
+        require_cells(rows, [in_sample(rows), hold_out(rows, "batch_size=1")])
+    require_cells(rows, [hold_out(rows, "batch_size=2")])
+
+
 def test_errors_by_hand() -> None:
     # TTFT: predicted 1.1 and 1.8 for 1 and 2: +10 % and -10 %; bias 0. Change: measured +100 %, predicted 1.8 / 1.1 - 1
     # = +63.636 %: 36.364 points. TPOT: the second was not measured, so 20 % of one cell, and no change.
@@ -183,6 +193,15 @@ def test_naive_in_sample_leaves_the_row_itself_out() -> None:
     rows = [row(1, 1.0), row(2, 5.0), row(4, 4.0)]
     every = np.ones(3, dtype=bool)
     assert naive(rows, every, every)[1, 0] == pytest.approx(2.0)
+
+
+def test_the_naive_rule_sees_measured_rows_but_never_a_test_row() -> None:
+    # Row 1 is a copy of row 0, row 2 stands beside nothing that was measured (no TPOT at all).
+    rows = [row(1, 1.0, m="a"), row(1, 4.0, m="b"), row(2, 3.0, 0.5, m="b")]
+    scheme = hold_out(rows, "m=b")
+    found = naive_beside_seen(rows, scheme)
+    assert found[:, 0].tolist() == [1.0, 1.0, 1.0]
+    assert np.isnan(found[:, 1]).all()
 
 
 def parameter_text(**changes: str) -> str:
@@ -267,4 +286,14 @@ def test_fields_of_a_cluster_are_read_and_written() -> None:
     assert staging.read(cluster) is None
     staging.write(cluster, 5e8)
     assert cluster["device_types"]["d"]["staging"] == {"bandwidth": 5e8, "message_overhead": 0.0}
+    left_out = ClusterSpec.model_validate(CLUSTER).model_dump()
+    ClusterField(path="cluster.device_types.d.staging.message_overhead").write(left_out, 1e-3)
+    assert left_out["device_types"]["d"]["staging"] == {"bandwidth": None, "message_overhead": 1e-3}
     assert staging.parse(staging.format(5e8 / 3)) == 5e8 / 3
+
+
+@pytest.mark.parametrize("field", ["cluster.device_types[d].layer_overhead", "cluster.device_types.d.layer_overhead"])
+def test_a_device_type_is_known_by_either_spelling(field: str) -> None:
+    parameter = Parameter(field=field, low=0.0, high=1.0, log=False, reason="a test")
+    assert fitted_type([parameter]) == "d"
+    assert set_lines({field: 0.5, "cluster.links[wire].latency": 1e-6}) == ["cluster.links[wire].latency=1 us"]

@@ -15,6 +15,7 @@ from epsim.validate.transfer import transfer_report
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = load_published()
+CASE = load_case(ROOT / "scenarios")
 
 
 @pytest.mark.parametrize("times", [*PUBLISHED.s11.values(), PUBLISHED.s12], ids=[*map(str, PUBLISHED.s11), "S12"])
@@ -54,15 +55,31 @@ def test_the_csv_of_s11_holds_what_the_yaml_holds() -> None:
         assert row.get("trace.images") == (ASSUMED_IMAGES if benchmark == "MMMU" else 1)
 
 
+def test_the_reasons_of_the_bounds_say_what_the_table_says() -> None:
+    reasons = {parameter.field.rpartition(".")[2]: parameter.reason for parameter in CASE.parameters}
+    times = {
+        (row.get("trace.benchmark"), row.get("trace.method"), row.batch_size): (row.ttft_s, row.tpot_s)
+        for row in CASE.rows
+    }
+    settings = list(dict.fromkeys(key[:2] for key in times))
+    rises = [times[*key, 32][1] - times[*key, 1][1] for key in settings]
+    assert f"TPOT rises by {min(rises):.2f} to {max(rises):.2f} s" in reasons["request_overhead"]
+    powers = [
+        [np.log(times[*key, 32][0] / times[*key, first][0]) / np.log(32 / first) for key in settings]
+        for first in (1, 2)
+    ]
+    whole, rest = (f"{min(found):.2f} to {max(found):.2f} from" for found in powers)
+    assert f"to the power {whole} batch 1 to 32, {rest} 2 to 32." in reasons["efficiency_exponent"]
+
+
 def test_other_images_change_mmmu_alone() -> None:
-    case = load_case(ROOT / "scenarios")
-    other = case.with_images(3)
+    other = CASE.with_images(3)
     assert [row.get("trace.images") for row in other.rows] == [3] * 12 + [1] * 12
-    assert [row.ttft_s for row in other.rows] == [row.ttft_s for row in case.rows]
+    assert [row.ttft_s for row in other.rows] == [row.ttft_s for row in CASE.rows]
 
 
 def test_the_outlier_is_two_rows() -> None:
-    rows = [row for row in load_case(ROOT / "scenarios").rows if is_outlier(row)]
+    rows = [row for row in CASE.rows if is_outlier(row)]
     assert [row.ttft_s for row in rows] == [1.493, 1.356]
 
 

@@ -12,9 +12,11 @@ import pytest
 from scipy.optimize import lsq_linear
 
 from epsim import cli
+from epsim.calibrate.fit import Fit
+from epsim.calibrate.holdout import in_sample
 from epsim.calibrate.measured import Floats, measured_matrix
 from epsim.calibrate.predict import Predictor
-from epsim.calibrate.problem import LOSS_SCALE, Problem, robust_cost
+from epsim.calibrate.problem import Problem, Weights
 from epsim.errors import InputError
 from epsim.report.files import to_json
 from epsim.scenario import apply_override, check_scenario, load_raw
@@ -29,9 +31,11 @@ from epsim.validate.document import (
     write_document,
 )
 from epsim.validate.figures import draw_figures, require_matplotlib
-from epsim.validate.latency import COMPARE, STUDIES, Case, cells, load_case, scheme_report
+from epsim.validate.fitted import influence_sentence, intervals_text
+from epsim.validate.latency import COMPARE, STUDIES, Case, cells, load_case, scheme_report, without_influence
 from epsim.validate.parts import parts_report
-from epsim.validate.published import load_published
+from epsim.validate.prose import FITTED as FITTED_PROSE
+from epsim.validate.published import data_path, load_published
 from epsim.validate.report import require_scenarios
 from epsim.validate.transfer import transfer_report
 
@@ -117,7 +121,7 @@ def test_the_shipped_values_are_where_a_fit_ends(case: Case, predictor: Predicto
     problem = Problem(predictor=predictor, free=case.parameters, train=case.scheme(None).train, compare=COMPARE)
     at_N = np.array([parameter.to_unit(values[parameter.field]) for parameter in case.parameters])
     residuals, jacobian = problem.residuals(at_N), problem.jacobian(at_N)
-    weight = (1 + (residuals / LOSS_SCALE) ** 2) ** -0.25
+    weight = (1 + (residuals / problem.weights.loss_scale) ** 2) ** -0.25
     step = lsq_linear(
         weight[:, None] * jacobian,
         -weight * residuals,
@@ -127,7 +131,7 @@ def test_the_shipped_values_are_where_a_fit_ends(case: Case, predictor: Predicto
     assert step.cost > 0.98 * before
     # The same step from other values: there, much can be gained.
     moved_N = np.clip(at_N + 0.1, 0, 1)
-    assert robust_cost(problem.residuals(moved_N)) > 1.5 * robust_cost(residuals)
+    assert problem.robust_cost(problem.residuals(moved_N)) > 1.5 * problem.robust_cost(residuals)
 
 
 def test_few_tokens_and_coarse_turns_stand_for_the_whole(
@@ -152,6 +156,40 @@ def test_parts_add_up_to_the_predictions(case: Case, values: dict[str, float], p
     assert found == pytest.approx(predicted[[0, 9]], rel=1e-9)
 
 
+def test_what_the_baseline_s_rows_say_nothing_of_is_named(case: Case, values: dict[str, float]) -> None:
+    # transfer_overlap acts where transfers and computation overlap, which they do in asynchronous rows alone.
+    some = [0, 3, 13, 17]
+    assert {case.rows[i].get("transmission.mode") for i in some} == {"sync"}
+    found = []
+    for members in (some, [*some, 9]):
+        rows = [case.rows[i] for i in members]
+        problem = Problem(predictor=Predictor(case.raw, rows), free=case.parameters, train=in_sample(rows).train)
+        at_N = np.array([parameter.to_unit(values[parameter.field]) for parameter in case.parameters])
+        fit = Fit(
+            values=values, predicted=np.zeros((0, 2)), cost=0.0, at_N=at_N, jacobian=problem.jacobian(at_N),
+            message="", evaluations=0, problem=problem,
+        )  # fmt: skip
+        found.append(without_influence(case, fit))
+    assert [entry["field"].rpartition(".")[2] for entry in found[0]] == ["transfer_overlap"]
+    assert found[1] == []
+    report = {"title": "some study", "without_influence": found[0]}
+    other = {"title": "another", "without_influence": found[1]}
+    said = influence_sentence([other, report])
+    assert said.endswith(f"Some study: `transfer_overlap` at {values[found[0][0]['field']]:.4g}.")
+    assert influence_sentence([other]) == "Every parameter moves some fitted row of every study."
+
+
+def test_systematic_residuals_are_counted(case: Case, predicted: Floats) -> None:
+    # By hand: rows come in blocks of six batch sizes, baseline and attention-soft of each data set.
+    above = np.reshape(predicted > measured_matrix(case.rows), (2, 2, 6, 2))
+    same = int((above[:, 0] == above[:, 1]).sum())
+    assert f"the same way in {same} of 24 pairs of cells" in " ".join(intervals_text(cells(case, predicted)).split())
+
+
+def test_the_prose_says_what_the_fits_are_made_with() -> None:
+    assert f"the pair weight ({Weights().pairs:g}) and the loss scale ({Weights().loss_scale:g})" in FITTED_PROSE
+
+
 TEXTS = {"value": "45 ms", "specified": None, "low": "0 s", "high": "100 ms", "interval_low": "0 s"}
 PARAMETER = {
     "name": "layer_overhead",
@@ -164,7 +202,7 @@ PARAMETER = {
 
 def small_report(case: Case, predicted: Floats) -> dict[str, Any]:
     known = cells(case, predicted)
-    study = scheme_report(case, *STUDIES[0], predicted)
+    study = scheme_report(case, *STUDIES[0], predicted) | {"without_influence": []}
     parts = {"attention": 1.0, "experts": 0.5, "vision": 0.25}
     return {
         "citation": "nobody",
@@ -215,7 +253,7 @@ def test_the_command_prints_and_writes(
     report = small_report(case, predicted)
     monkeypatch.setattr("epsim.validate.report.published_report", lambda scenarios, advance: (report, "memory: 1 GB\n"))
     monkeypatch.chdir(tmp_path)
-    for options in ([], ["--json", "--docs", "page.md", "--profile", "device.yaml"]):
+    for options in ([], ["--json", "--docs", "page.md", "--device", "device.yaml"]):
         monkeypatch.setattr(sys, "argv", ["epsim", "validate", "published", *options])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
@@ -235,12 +273,31 @@ def test_nothing_is_computed_for_a_file_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("epsim.validate.report.published_report", lambda *arguments: pytest.fail("computed"))
-    for option in ("--docs", "--profile"):
+    for option in ("--docs", "--device"):
         monkeypatch.setattr(sys, "argv", ["epsim", "validate", "published", option, str(tmp_path / "none" / "file")])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert stopped.value.code == 2
         assert "there is no folder" in capsys.readouterr().err
+
+
+def test_no_file_that_is_read_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("epsim.validate.report.published_report", lambda *arguments: pytest.fail("computed"))
+    scenario, page = str(ROOT / "scenarios" / "s11" / "orin-2x-olmoe.yaml"), str(tmp_path / "page.md")
+    for options, message in (
+        (["--device", scenario], "is read for this"),
+        (["--docs", str(data_path("s11.csv"))], "is read for this"),
+        (["--docs", page, "--device", page], "is what --docs writes"),
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["epsim", "validate", "published", "--scenarios", str(ROOT / "scenarios"), *options]
+        )
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_shipped_document_names_no_other_figures() -> None:

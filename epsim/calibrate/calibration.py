@@ -4,7 +4,7 @@ A report is a mapping of plain values, in SI units and with their text beside.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ import numpy as np
 from epsim import __version__
 from epsim.calibrate.determine import Interval, linearised, profile
 from epsim.calibrate.fit import DEFAULT_EFFORT, DEFAULT_WEIGHTS, Effort, Fit, fit
-from epsim.calibrate.holdout import Scheme, errors, in_sample, naive
-from epsim.calibrate.measured import METRICS, Compare, Floats, measured_matrix
+from epsim.calibrate.holdout import Mask, Scheme, errors, in_sample, naive_beside_seen, require_cells
+from epsim.calibrate.measured import METRICS, Compare, Floats, MeasuredRow, measured_matrix
 from epsim.calibrate.parameters import Parameter
 from epsim.calibrate.predict import Predictor
 from epsim.calibrate.problem import Weights
@@ -22,13 +22,15 @@ from epsim.calibrate.workers import Workers
 from epsim.scenario.fields import ClusterField
 
 _MOST_PROFILES = 3
+_NOT_CONVERGED = "not converged: a better fit was found on the way"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """What is asked of a calibration.
 
-    hold_outs: schemes by name; those of one name (folds) each predict their own rows, and count together.
+    hold_outs: schemes by name; those of one name (folds) each predict their own rows, and count together: a row that is
+    compared must be tested with its baseline row, or be the only scheme's.
     profiled: intervals by refitting, which is slow, in place of linearised ones.
     """
 
@@ -42,34 +44,58 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a scheme ("specified", "in sample", a hold-out) says of all rows.
+
+    seconds: [rows, 2], also of the rows that were fitted, from which changes are counted. test: the rows that count,
+    bool [rows]. naive: the naive rule's seconds of them, and what was measured of the others; None for no rule.
+    """
+
+    seconds: Floats
+    test: Mask
+    naive: Floats | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """fit, intervals: of all rows. predicted: by scheme ("specified", "in sample", hold-outs), [rows, 2], NaN where a
-    scheme predicts nothing; naive: the same of the naive rule."""
+    """fit, intervals: of all rows. predicted: what is said of all rows, by scheme."""
 
     question: Question
     fit: Fit
     intervals: tuple[Interval, ...]
-    predicted: dict[str, Floats]
-    naive: dict[str, Floats]
+    predicted: dict[str, Predicted]
 
 
 def calibrate(predictor: Predictor, question: Question, workers: Workers) -> Calibration:
     """Fit all rows and, anew, the training rows of each hold-out. InputError where a field cannot be fitted."""
     predictor.check([parameter.field for parameter in question.parameters])
     every = in_sample(predictor.rows)
+    require_cells(predictor.rows, [every, *(scheme for schemes in question.hold_outs.values() for scheme in schemes)])
     best = _fit(predictor, question, every, workers)
     intervals = linearised(best)
     if question.profiled:
         best, intervals = _profiled(predictor, question, best, workers)
-    predicted = {"specified": predictor.predict({}), every.name: best.predicted}
-    rule = {every.name: naive(predictor.rows, every.train, every.test)}
+    predicted = {
+        "specified": Predicted(seconds=predictor.predict({}), test=every.test, naive=None),
+        every.name: Predicted(seconds=best.predicted, test=every.test, naive=naive_beside_seen(predictor.rows, every)),
+    }
     for name, schemes in question.hold_outs.items():
-        predicted[name], rule[name] = (np.full((len(predictor.rows), 2), np.nan) for _ in range(2))
-        for scheme in schemes:
-            held_out = _fit(predictor, question, scheme, workers)
-            predicted[name][scheme.test] = held_out.predicted[scheme.test]
-            rule[name][scheme.test] = naive(predictor.rows, scheme.train, scheme.test)[scheme.test]
-    return Calibration(question=question, fit=best, intervals=intervals, predicted=predicted, naive=rule)
+        fits = [_fit(predictor, question, scheme, workers).predicted for scheme in schemes]
+        predicted[name] = together(predictor.rows, schemes, fits)
+    return Calibration(question=question, fit=best, intervals=intervals, predicted=predicted)
+
+
+def together(rows: Sequence[MeasuredRow], schemes: Sequence[Scheme], predicted: Sequence[Floats]) -> Predicted:
+    """Return predictions of several schemes, s [rows, 2] each, as one: every row from the scheme that tests it.
+
+    Rows that none tests are those of the first scheme.
+    """
+    seconds, rule = predicted[0].copy(), naive_beside_seen(rows, schemes[0])
+    for scheme, own in zip(schemes[1:], predicted[1:], strict=True):
+        seconds[scheme.test] = own[scheme.test]
+        rule[scheme.test] = naive_beside_seen(rows, scheme)[scheme.test]
+    test = np.any([scheme.test for scheme in schemes], axis=0)
+    return Predicted(seconds=seconds, test=test, naive=rule)
 
 
 def _fit(
@@ -91,16 +117,21 @@ def _fit(
 def _profiled(
     predictor: Predictor, question: Question, best: Fit, workers: Workers
 ) -> tuple[Fit, tuple[Interval, ...]]:
-    """Return the profiled intervals, and the better fit if the walks came upon one."""
-    for _ in range(_MOST_PROFILES):
-        found = profile(best, workers)
+    """Return the profiled intervals with the fit that they are of: a better one, if the walks came upon one.
+
+    Where the last walks still came upon one, nothing is determined: the minimum has not been found.
+    """
+    found = profile(best, workers)
+    for _ in range(_MOST_PROFILES - 1):
         if found.better is None:
             break
         better = _fit(predictor, question, in_sample(predictor.rows), workers, found.better)
         if better.cost >= best.cost:
-            break
-        best = better
-    return best, found.intervals
+            return best, found.intervals
+        best, found = better, profile(better, workers)
+    if found.better is None:
+        return best, found.intervals
+    return best, tuple(replace(interval, why=_NOT_CONVERGED) for interval in found.intervals)
 
 
 def report(calibration: Calibration, data_name: str) -> dict[str, Any]:
@@ -119,9 +150,21 @@ def report(calibration: Calibration, data_name: str) -> dict[str, Any]:
             for parameter, interval in zip(question.parameters, calibration.intervals, strict=True)
         ],
         "set": set_lines(best.values),
+        "search": _search(question, best.problem.weights),
         "schemes": [_scheme(calibration, name) for name in calibration.predicted],
         "cells": cells(calibration),
     }
+
+
+def _search(question: Question, weights: Weights) -> dict[str, Any]:
+    """Return what was chosen for the fits besides the parameters."""
+    effort = question.effort
+    text = (
+        f"pair weight {weights.pairs:g}, ridge {weights.ridge:g}, loss scale {weights.loss_scale:g}, "
+        f"seed {question.seed}; {effort.num_screened} seeded points, {effort.num_short} followed for "
+        f"{effort.short_steps} steps, {effort.num_long} for {effort.long_steps} more, tolerance {effort.tolerance:g}"
+    )
+    return {"weights": asdict(weights), "seed": question.seed, "effort": asdict(effort), "text": text}
 
 
 def _parameter(parameter: Parameter, best: Fit, interval: Interval) -> dict[str, Any]:
@@ -155,15 +198,12 @@ def text(parameter: Parameter, value: float | None) -> str | None:
 
 def _scheme(calibration: Calibration, name: str) -> dict[str, Any]:
     rows, compare = calibration.fit.problem.predictor.rows, calibration.question.compare
-    predicted = calibration.predicted[name]
-    test = np.asarray(np.isfinite(predicted).any(axis=1))
-    rule = calibration.naive.get(name)
-    beside = None if rule is None else asdict(errors(rows, rule, test, compare))
+    found = calibration.predicted[name]
     return {
         "name": name,
-        "num_test": int(test.sum()),
-        "errors": asdict(errors(rows, predicted, test, compare)),
-        "naive": beside,
+        "num_test": int(found.test.sum()),
+        "errors": asdict(errors(rows, found.seconds, found.test, compare)),
+        "naive": None if found.naive is None else asdict(errors(rows, found.naive, found.test, compare)),
     }
 
 
@@ -179,11 +219,11 @@ def cells(calibration: Calibration) -> list[dict[str, Any]]:
             "metric": METRICS[m],
             "measured_s": float(measured[i, m]),
             **{
-                key: None if np.isnan(predicted[i, m]) else float(number)
-                for name, predicted in calibration.predicted.items()
+                key: float(number) if found.test[i] else None
+                for name, found in calibration.predicted.items()
                 for key, number in (
-                    (f"{name}: predicted_s", predicted[i, m]),
-                    (f"{name}: error_frac", predicted[i, m] / measured[i, m] - 1),
+                    (f"{name}: predicted_s", found.seconds[i, m]),
+                    (f"{name}: error_frac", found.seconds[i, m] / measured[i, m] - 1),
                 )
             },
         }
@@ -208,6 +248,7 @@ def _header(calibration: Calibration, data_name: str, command: str) -> list[str]
         f"A device profile fitted to measurements by epsim {__version__}; name it in a cluster's device_types.",
         f"command: {command}",
         f"data: {data_name}, {described['num_cells']} measured cells",
+        f"search: {described['search']['text']}",
     ]
     lines += [f"mean errors, {scheme['name']}: {_in_words(scheme['errors'])}" for scheme in described["schemes"]]
     for entry in described["parameters"]:

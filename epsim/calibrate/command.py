@@ -1,22 +1,20 @@
 """What `epsim calibrate` does: read and check everything that is named, then fit (`prepare`, `run`)."""
 
-import os
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from epsim.calibrate.calibration import Calibration, Question, calibrate
 from epsim.calibrate.fit import DEFAULT_EFFORT
 from epsim.calibrate.holdout import Scheme, hold_out, k_folds
-from epsim.calibrate.measured import parse_compare, read_measured
+from epsim.calibrate.measured import Compare, MeasuredRow, parse_compare, read_measured
 from epsim.calibrate.parameters import ParameterError, default_parameters, load_parameters
 from epsim.calibrate.predict import Predictor
 from epsim.calibrate.problem import Weights
 from epsim.calibrate.profile import fitted_type
-from epsim.calibrate.workers import Workers
+from epsim.calibrate.workers import MOST_PROCESSES, Workers, default_processes
 from epsim.scenario import load_raw
-
-_MOST_PROCESSES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +43,12 @@ def prepare(
     """Read and check the measurements, scenario and parameters; InputError with one line where one is wrong."""
     rows = read_measured(measured)
     comparison = None if compare is None else parse_compare(compare, rows)
-    schemes: dict[str, Sequence[Scheme]] = {f"held out {text}": [hold_out(rows, text)] for text in hold_outs}
-    if folds is not None:
-        schemes[f"{folds} folds"] = k_folds(rows, folds, seed, comparison)
     chosen = None if parameters is None else load_parameters(parameters)
     predictor = Predictor(load_raw(scenario, overrides), rows)
     question = Question(
         parameters=chosen or default_parameters(predictor.device_types),
         compare=comparison,
-        hold_outs=schemes,
+        hold_outs=_schemes(rows, hold_outs, folds, seed, comparison),
         weights=Weights(pairs=pair_weight),
         effort=DEFAULT_EFFORT,
         seed=seed,
@@ -62,24 +57,42 @@ def prepare(
     predictor.check([parameter.field for parameter in question.parameters])
     if wants_profile:
         fitted_type(question.parameters)
-    words = ["epsim calibrate", measured.name, "--scenario", scenario.name]
-    words += [f"--set '{text}'" for text in overrides]
-    words += [f"--parameters {parameters.name}"] if parameters else []
-    words += [f"--compare {compare}"] if compare else []
-    words += [f"--hold-out {text}" for text in hold_outs]
-    words += [f"--folds {folds}"] if folds is not None else []
-    words += [f"--pair-weight {pair_weight:g}"] if pair_weight != Weights().pairs else []
-    words += [f"--seed {seed}"] if seed else []
-    words += ["--profile"] if profiled else []
-    return Prepared(predictor=predictor, question=question, command=" ".join(words))
+    options = [
+        ("--scenario", scenario.name),
+        *(("--set", text) for text in overrides),
+        ("--parameters", None if parameters is None else parameters.name),
+        ("--compare", compare),
+        *(("--hold-out", text) for text in hold_outs),
+        ("--folds", folds),
+        ("--pair-weight", None if pair_weight == Weights().pairs else f"{pair_weight:g}"),
+        ("--seed", seed or None),
+    ]
+    command = _command(measured.name, options, ["--refit-intervals"] if profiled else [])
+    return Prepared(predictor=predictor, question=question, command=command)
+
+
+def _schemes(
+    rows: Sequence[MeasuredRow], hold_outs: Sequence[str], folds: int | None, seed: int, compare: Compare | None
+) -> dict[str, Sequence[Scheme]]:
+    schemes: dict[str, Sequence[Scheme]] = {f"held out {text}": [hold_out(rows, text)] for text in hold_outs}
+    if folds is not None:
+        schemes[f"{folds} folds"] = k_folds(rows, folds, seed, compare)
+    return schemes
+
+
+def _command(measured: str, options: Iterable[tuple[str, object]], flags: Sequence[str]) -> str:
+    """Return the command as a shell takes it; options whose value is None are left out."""
+    words = ["epsim", "calibrate", measured]
+    for option, value in options:
+        words += [] if value is None else [option, str(value)]
+    return shlex.join([*words, *flags])
 
 
 def run(prepared: Prepared, num_processes: int | None, advance: Callable[[], None]) -> Calibration:
     """Calibrate on so many processes (default: one for each core)."""
-    if num_processes is not None and not 1 <= num_processes <= _MOST_PROCESSES:
+    if num_processes is not None and not 1 <= num_processes <= MOST_PROCESSES:
         raise ParameterError(
-            f"--processes: {num_processes} is not from 1 to {_MOST_PROCESSES}; leave it out for one a core"
+            f"--processes: {num_processes} is not from 1 to {MOST_PROCESSES}; leave it out for one a core"
         )
-    count = num_processes or min(os.cpu_count() or 1, _MOST_PROCESSES)
-    with Workers(prepared.predictor, count, advance) as workers:
+    with Workers(prepared.predictor, num_processes or default_processes(), advance) as workers:
         return calibrate(prepared.predictor, prepared.question, workers)

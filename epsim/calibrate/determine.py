@@ -18,7 +18,7 @@ import numpy as np
 from epsim.calibrate.fit import Fit, SearchTask, search
 from epsim.calibrate.measured import Floats
 from epsim.calibrate.parameters import Parameter
-from epsim.calibrate.problem import LOSS_SCALE, Predicts, robust_cost
+from epsim.calibrate.problem import Predicts
 from epsim.calibrate.workers import Workers
 
 CONFIDENCE = 0.95
@@ -74,14 +74,17 @@ def _noise(fit: Fit) -> _Noise | None:
     freedom = fit.problem.num_cells - int((_curvature(fit)[0] > _NO_INFLUENCE).sum())
     if freedom < 1:
         return None
-    cost = robust_cost(fit.problem.data(fit.predicted))
+    cost = fit.problem.robust_cost(fit.problem.data(fit.predicted))
     return _Noise(variance=max(2 * cost / freedom, LEAST_NOISE**2), freedom=freedom)
 
 
 def _curvature(fit: Fit) -> tuple[Floats, Floats]:
-    """Return eigenvalues [N] and eigenvectors [N, N] of J^T W J over the data, W from the robust loss."""
+    """Return eigenvalues [N] and eigenvectors [N, N] of J^T W J over the data, W the second derivative of the loss.
+
+    Not W = (1 + (r / s)^2)^-1/2, with which the steps of a search lower the cost: it overrates how fast the cost rises.
+    """
     residuals_D = fit.problem.data(fit.predicted)
-    weight_D = 1 / np.sqrt(1 + (residuals_D / LOSS_SCALE) ** 2)
+    weight_D = (1 + (residuals_D / fit.problem.weights.loss_scale) ** 2) ** -1.5
     jacobian_DN = fit.jacobian[: len(residuals_D)]
     values_N, vectors_NN = np.linalg.eigh(jacobian_DN.T @ (weight_D[:, None] * jacobian_DN))
     return values_N, vectors_NN
@@ -155,7 +158,7 @@ def profile(fit: Fit, workers: Workers) -> Profile:
     noise = _noise(fit)
     if noise is None:
         return Profile(intervals=linearised(fit), better=None)
-    least_cost = robust_cost(fit.problem.data(fit.predicted))
+    least_cost = fit.problem.robust_cost(fit.problem.data(fit.predicted))
     steps_N = np.clip(_half_widths(fit, noise), _SMALLEST_STEP, _LARGEST_STEP)
     walks = [
         _Walk(

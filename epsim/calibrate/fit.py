@@ -13,7 +13,7 @@ import numpy as np
 from epsim.calibrate.holdout import Mask
 from epsim.calibrate.measured import Compare, Floats
 from epsim.calibrate.parameters import Parameter
-from epsim.calibrate.problem import LOSS_SCALE, Predicts, Problem, Weights
+from epsim.calibrate.problem import Predicts, Problem, Weights
 from epsim.calibrate.workers import Workers
 
 
@@ -116,25 +116,13 @@ def fit(
         max_steps=0,
     )
     problem = task.problem(predictor)
-    evaluations = 0
     if starts:
-        points = [np.array([p.to_unit(values[p.field]) for p in parameters]) for values in starts]
+        points, evaluations = [_place(parameters, values) for values in starts], 0
     else:
-        points = _screening_points(problem, effort.num_screened, seed)
-        costs = workers.map(_cost_at, [replace(task, start_N=point) for point in points])
-        order = np.argsort(costs, kind="stable")
-        points = [points[i] for i in order[: effort.num_short]]
-        evaluations += len(costs)
-    short = [replace(task, start_N=point, max_steps=effort.short_steps) for point in points]
-    solutions = sorted(workers.map(search, short), key=lambda solution: solution.cost)
-    long = [
-        replace(task, start_N=s.at_N, max_steps=effort.long_steps, tolerance=effort.tolerance)
-        for s in solutions[: effort.num_long]
-    ]
-    solutions = [*workers.map(search, long), *solutions]
-    best = min(solutions, key=lambda solution: solution.cost)
+        points, evaluations = _screened(problem, task, effort, seed, workers)
+    best, searched = _search_all(task, points, effort, workers)
     values = _rounded(problem, best.at_N)
-    at_N = np.array([parameter.to_unit(values[parameter.field]) for parameter in parameters])
+    at_N = _place(parameters, values)
     return Fit(
         values=values,
         predicted=predictor.predict(values),
@@ -142,9 +130,35 @@ def fit(
         at_N=at_N,
         jacobian=problem.jacobian(at_N),
         message=best.message,
-        evaluations=evaluations + sum(s.evaluations for s in solutions) + 2 + len(at_N),
+        evaluations=evaluations + searched + 2 + len(at_N),
         problem=problem,
     )
+
+
+def _place(parameters: Sequence[Parameter], values: Mapping[str, float]) -> Floats:
+    return np.array([parameter.to_unit(values[parameter.field]) for parameter in parameters])
+
+
+def _screened(
+    problem: Problem, task: SearchTask, effort: Effort, seed: int, workers: Workers
+) -> tuple[list[Floats], int]:
+    """Return the points of the least cost to start from, best first, and how many were tried."""
+    points = _screening_points(problem, effort.num_screened, seed)
+    costs = workers.map(_cost_at, [replace(task, start_N=point) for point in points])
+    order = np.argsort(costs, kind="stable")
+    return [points[i] for i in order[: effort.num_short]], len(points)
+
+
+def _search_all(task: SearchTask, points: Sequence[Floats], effort: Effort, workers: Workers) -> tuple[Solution, int]:
+    """Return the best end of short searches from all points and long ones from their best, and the evaluations."""
+    short = [replace(task, start_N=point, max_steps=effort.short_steps) for point in points]
+    solutions = sorted(workers.map(search, short), key=lambda solution: solution.cost)
+    long = [
+        replace(task, start_N=s.at_N, max_steps=effort.long_steps, tolerance=effort.tolerance)
+        for s in solutions[: effort.num_long]
+    ]
+    solutions = [*workers.map(search, long), *solutions]
+    return min(solutions, key=lambda s: s.cost), sum(s.evaluations for s in solutions)
 
 
 def _rounded(problem: Problem, at_N: Floats) -> dict[str, float]:
@@ -186,7 +200,7 @@ def search(predictor: Predicts, task: SearchTask) -> Solution:
         jac=problem.jacobian,
         bounds=(0.0, 1.0),
         loss="soft_l1",
-        f_scale=LOSS_SCALE,
+        f_scale=task.weights.loss_scale,
         max_nfev=task.max_steps,
         ftol=task.tolerance,
         xtol=0.1 * task.tolerance,

@@ -80,6 +80,14 @@ def k_folds(rows: Sequence[MeasuredRow], k: int, seed: int, compare: Compare | N
     return tuple(Scheme(name=f"fold {i + 1} of {k}", train=~test, test=test) for i, test in enumerate(tests))
 
 
+def require_cells(rows: Sequence[MeasuredRow], schemes: Sequence[Scheme]) -> None:
+    """Raise MeasuredError where a scheme has no measured cell to fit."""
+    measured = np.isfinite(measured_matrix(rows)).any(axis=1)
+    for scheme in schemes:
+        if not (scheme.train & measured).any():
+            raise MeasuredError(f"{scheme.name}: leaves no measured cell to fit; hold out fewer rows, or measure more")
+
+
 def errors(rows: Sequence[MeasuredRow], predicted: Floats, test: Mask, compare: Compare | None) -> Errors:
     """Return the errors of predicted seconds, [rows, 2], on the test rows; NaN predictions are no predictions."""
     measured = measured_matrix(rows)
@@ -125,6 +133,14 @@ def naive(rows: Sequence[MeasuredRow], train: Mask, test: Mask) -> Floats:
             elif known:
                 predicted[i, metric] = measured[_most_alike(rows, i, known), metric]
     return predicted
+
+
+def naive_beside_seen(rows: Sequence[MeasuredRow], scheme: Scheme) -> Floats:
+    """Return what the naive rule says of the test rows, and of the others what was measured, [rows, 2].
+
+    A change of a test row from a row that was fitted is then one from a known value.
+    """
+    return np.where(scheme.test[:, None], naive(rows, scheme.train, scheme.test), measured_matrix(rows))
 
 
 def _log_line(points: Sequence[tuple[int, float]], batch_size: int) -> float:

@@ -104,6 +104,8 @@ def _row(where: str, names: Sequence[str], cells: Sequence[str]) -> MeasuredRow:
         if name not in _OWN_COLUMNS and text
     )
     ttft_s, tpot_s = (_seconds(f"{where}, column {name}", texts.get(name, "")) for name in METRICS)
+    if ttft_s is None and tpot_s is None:
+        raise MeasuredError(f"{where}: holds neither TTFT nor TPOT; write one of them, or leave the line out")
     return MeasuredRow(settings=settings, batch_size=int(batch_size), ttft_s=ttft_s, tpot_s=tpot_s)
 
 
@@ -142,8 +144,10 @@ def measured_matrix(rows: Iterable[MeasuredRow]) -> Floats:
 
 def parse_compare(text: str, rows: Sequence[MeasuredRow]) -> Compare:
     """Return the comparison of `--compare column=value`; MeasuredError where no row can be compared."""
-    column, value = split_condition(text, "--compare", rows)
-    compare = Compare(column=column, value=value[0])
+    column, values = split_condition(text, "--compare", rows)
+    if len(values) > 1:
+        raise MeasuredError(f'--compare "{text}": {len(values)} values; write the one that all others stand beside')
+    compare = Compare(column=column, value=values[0])
     if not len(pairs_of(rows, compare)):
         raise MeasuredError(
             f'--compare "{text}": no row has an equal with that value; known are {_known(column, rows)}'

@@ -16,11 +16,11 @@ from epsim.batch import StepInput, run_steps, step_inputs
 from epsim.calibrate.measured import Floats, MeasuredError, MeasuredRow
 from epsim.calibrate.parameters import ParameterError
 from epsim.cluster import build_cluster
-from epsim.errors import EpsimError
+from epsim.errors import EpsimError, ScenarioError
 from epsim.model import ModelCard
 from epsim.run import assemble, build_planner, check_memory
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
-from epsim.scenario.fields import ClusterField
+from epsim.scenario.fields import ClusterField, cluster_keys
 
 Batch = tuple[npt.NDArray[np.integer], list[StepInput]]  # request ids, steps
 
@@ -58,11 +58,6 @@ class Predictor:
     def device_types(self) -> list[str]:
         """The names of the device types, of all rows."""
         return list(dict.fromkeys(name for group in self._groups for name in group.cluster["device_types"]))
-
-    @property
-    def spec(self) -> ScenarioSpec:
-        """The checked scenario of the first row."""
-        return self._groups[0].spec
 
     def specified(self, field: str) -> float | None:
         """Return the SI value of a cluster field in the (first row's) scenario; None where it is left out."""
@@ -104,12 +99,19 @@ class Predictor:
         return self._changed(self._groups[0].cluster, values)
 
     def check(self, fields: Sequence[str]) -> None:
-        """Raise an InputError where a field cannot be fitted: a row sets it, or the cluster lacks what it is in."""
+        """Raise an InputError where a field cannot be fitted.
+
+        A row sets it or what it is in, it is named twice, or the cluster lacks what it is in.
+        """
         for group in self._groups:
-            places = {self._field(name).keys(group.cluster): name for name in fields}
+            places: dict[tuple[str | int, ...], str] = {}
+            for name in fields:
+                keys = self._field(name).keys(group.cluster)
+                if keys in places:
+                    raise ParameterError(f"{name}: is the same field as {places[keys]}; fit it once")
+                places[keys] = name
             for path, _ in self.rows[next(iter(group.batches))].settings:
-                if path.startswith("cluster.") and (name := places.get(_place(path, group.cluster))):
-                    raise ParameterError(f"{name}: the measurements set it in the column {path}; fit it or set it")
+                _refuse_set(path, places, group.cluster)
             self._changed(group.cluster, {name: self._field(name).read(group.cluster) or 1.0 for name in fields})
 
     def _field(self, name: str) -> ClusterField:
@@ -127,12 +129,17 @@ class Predictor:
         return changed
 
 
-def _place(path: str, cluster: Mapping[str, Any]) -> tuple[str | int, ...]:
-    """Return the keys behind a path of a setting; none where it is not a single number."""
+def _refuse_set(path: str, places: Mapping[tuple[str | int, ...], str], cluster: Mapping[str, Any]) -> None:
+    """Raise ParameterError where a column sets a fitted field or a section that it is in; places: names by keys."""
+    if path.partition("[")[0].partition(".")[0] != "cluster":
+        return
     try:
-        return ClusterField(path=path).keys(cluster)
-    except EpsimError:
-        return ()
+        keys = cluster_keys(path, cluster)
+    except ScenarioError:
+        return  # set by a name that the same row changes: nothing that can be fitted
+    for place, name in places.items():
+        if place[: len(keys)] == keys:
+            raise ParameterError(f"{name}: the measurements set it in the column {path}; fit it or set it")
 
 
 def _group(raw: dict[str, Any], rows: Sequence[MeasuredRow], members: Sequence[int]) -> _Group:

@@ -16,7 +16,6 @@ from epsim.calibrate.measured import Compare, Floats, MeasuredError, MeasuredRow
 from epsim.calibrate.parameters import Parameter
 
 STEP = 1e-4  # of the differences; the engines are piecewise linear, so it need not be as small as rounding allows
-LOSS_SCALE = 0.05
 
 
 class Predicts(Protocol):
@@ -41,10 +40,12 @@ class Weights:
     pairs: of a difference between a row and its baseline row, beside 1 for a level: with the default 3, levels are
     trusted a third as much as ratios, which is what errors of two rows with a correlation of 0.9 amount to.
     ridge: of a parameter's distance (0 to 1) from the specification's value: too weak to matter beside any data.
+    loss_scale: residuals well below it count by their square, larger ones by their size.
     """
 
     pairs: float = 3.0
     ridge: float = 1e-3
+    loss_scale: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +122,9 @@ class Problem:
 
     def data_cost(self, at_N: Floats) -> float:
         """Return half the sum of the robust loss over the data's residuals, without the ridge."""
-        return robust_cost(self.residuals(at_N)[: -len(self.free) or None])
+        return self.robust_cost(self.residuals(at_N)[: -len(self.free) or None])
 
-
-def robust_cost(residuals: Floats) -> float:
-    """Return half the sum of the soft-L1 loss 2 s^2 (sqrt(1 + (r / s)^2) - 1), s = LOSS_SCALE."""
-    squared = (residuals / LOSS_SCALE) ** 2
-    return float(LOSS_SCALE**2 * np.sum(np.sqrt(1 + squared) - 1))
+    def robust_cost(self, residuals: Floats) -> float:
+        """Return half the sum of the soft-L1 loss 2 s^2 (sqrt(1 + (r / s)^2) - 1), s the loss scale."""
+        scale = self.weights.loss_scale
+        return float(scale**2 * np.sum(np.sqrt(1 + (residuals / scale) ** 2) - 1))

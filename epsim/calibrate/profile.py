@@ -10,20 +10,22 @@ from epsim.atomic import whole_file
 from epsim.calibrate.parameters import Parameter, ParameterError
 from epsim.scenario.fields import ClusterField
 
-_TYPES = "cluster.device_types."
+_TYPES = "device_types"  # below `cluster`
 
 
 def fitted_type(parameters: Sequence[Parameter]) -> str:
     """Return the one device type that the parameters belong to; ParameterError where there is none, or several."""
-    names = list(dict.fromkeys(p.field.removeprefix(_TYPES).split(".")[0] for p in parameters if _of_a_type(p.field)))
+    names = [name for name in dict.fromkeys(_type_of(parameter.field) for parameter in parameters) if name is not None]
     if len(names) != 1:
         found = "several device types are fitted: " + ", ".join(names) if names else "no device type is fitted"
-        raise ParameterError(f"--output: {found}; a profile is of one, so fit one, or use the printed --set lines")
+        raise ParameterError(f"--device: {found}; a profile is of one, so fit one, or use the printed --set lines")
     return names[0]
 
 
-def _of_a_type(field: str) -> bool:
-    return field.startswith(_TYPES)
+def _type_of(field: str) -> str | None:
+    """Return the device type that a field is of, whichever way it is written; None for none."""
+    steps = ClusterField(path=field).steps
+    return steps[1] if steps[0] == _TYPES else None
 
 
 def profile_text(cluster: Mapping[str, Any], device_type: str, header: Sequence[str]) -> str:
@@ -31,7 +33,7 @@ def profile_text(cluster: Mapping[str, Any], device_type: str, header: Sequence[
 
     cluster: a dump of a ClusterSpec in SI units, with the fitted values written to it.
     """
-    content = _written(cluster["device_types"][device_type], _TYPES + device_type)
+    content = _written(cluster["device_types"][device_type], f"cluster.{_TYPES}.{device_type}")
     comment = "".join(f"# {line}".rstrip() + "\n" for line in header)
     return comment + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
 
@@ -51,5 +53,7 @@ def write_profile(path: Path, text: str) -> None:
 def set_lines(values: Mapping[str, float]) -> list[str]:
     """Return fitted values outside device types, which a profile cannot hold, as arguments of --set."""
     return [
-        f"{field}={ClusterField(path=field).format(value)}" for field, value in values.items() if not _of_a_type(field)
+        f"{field}={ClusterField(path=field).format(value)}"
+        for field, value in values.items()
+        if _type_of(field) is None
     ]

@@ -13,7 +13,13 @@ from epsim.calibrate.problem import Predicts
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+MOST_PROCESSES = 16  # more wait for each other: a fit has few searches at a time
 _predictor: Predicts | None = None  # of a worker process
+
+
+def default_processes() -> int:
+    """Return one process for each core, up to the most that are of use."""
+    return min(os.cpu_count() or 1, MOST_PROCESSES)
 
 
 class Workers:

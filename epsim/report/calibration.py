@@ -20,6 +20,7 @@ def calibration_tables(report: Mapping[str, Any], *, with_cells: bool = False) -
     title += f"{fit['message']}, {fit['evaluations']} evaluations"
     return Group(
         Text(title, style="bold"),
+        Text(report["search"]["text"], style="dim"),
         _parameters(report["parameters"]),
         _schemes(report["schemes"], report["compare"]),
         *([_cells(report)] if with_cells else []),

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,21 @@ def check_file(path: Path) -> None:
     if not path.parent.exists():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it, or name another path")
     check_folder(path.parent)
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise OutputError if a file can surely not be written, or would replace an input or another output.
+
+    outputs: by the option that names them; None for what is not asked for or not given.
+    """
+    taken = {path.resolve(): "is read for this" for path in inputs if path is not None}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        check_file(path)
+        if use := taken.get(path.resolve()):
+            raise OutputError(f"{option} {path}: {use}; name another file")
+        taken[path.resolve()] = f"is what {option} writes"
 
 
 def to_json(content: Any) -> str:

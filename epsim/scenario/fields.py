@@ -40,7 +40,7 @@ class ClusterField:
     @property
     def steps(self) -> list[str]:
         """The names of the path below `cluster`."""
-        return re.findall(_STEP, self.path)[1:]
+        return _steps(self.path)
 
     @cached_property
     def _adapter(self) -> TypeAdapter[Any]:
@@ -65,12 +65,7 @@ class ClusterField:
 
     def keys(self, cluster: Mapping[str, Any]) -> tuple[str | int, ...]:
         """Return the keys and indices that the path means in a dump of a ClusterSpec, whichever way it is written."""
-        keys: list[str | int] = []
-        holder: Any = cluster
-        for step in self.steps:
-            keys.append(step if holder is None else _key(holder, step, self.path))
-            holder = None if holder is None else holder[keys[-1]]
-        return tuple(keys)
+        return cluster_keys(self.path, cluster)
 
     def rounded(self, value: float, digits: int = 6) -> float:
         """Return a value whose text has so many digits at most."""
@@ -90,14 +85,32 @@ class ClusterField:
         return None if holder is None else float(holder)
 
     def write(self, cluster: MutableMapping[str, Any], value: float) -> None:
-        """Set the field in a dump of a ClusterSpec; a section that was left out gets its defaults."""
+        """Set the field in a dump of a ClusterSpec; a section that was left out gets its defaults, None for none."""
         holder: Any = cluster
+        annotation: Any = ClusterSpec
         for step in self.steps[:-1]:
-            key = _key(holder, step, self.path)
+            key, annotation = _key(holder, step, self.path), _bare(_child(annotation, step, self.path))
             if holder[key] is None:
-                holder[key] = {"bandwidth": None, "message_overhead": 0.0}  # staging, the only such section
+                holder[key] = _defaults(annotation)
             holder = holder[key]
         holder[_key(holder, self.steps[-1], self.path)] = value
+
+
+def cluster_keys(path: str, cluster: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Return the keys and indices that a path from `cluster` on, of a number or of a section, means in a dump.
+
+    ScenarioError where the cluster has no such entry.
+    """
+    keys: list[str | int] = []
+    holder: Any = cluster
+    for step in _steps(path):
+        keys.append(step if holder is None else _key(holder, step, path))
+        holder = None if holder is None else holder[keys[-1]]
+    return tuple(keys)
+
+
+def _steps(path: str) -> list[str]:
+    return re.findall(_STEP, path)[1:]
 
 
 def _bare(annotation: Any) -> Any:
@@ -122,6 +135,13 @@ def _child(annotation: Any, step: str, path: str) -> Any:
     if get_origin(annotation) in (dict, list):
         return get_args(annotation)[-1]
     raise ScenarioError(f'"{path}": there is no field {step}; write the path of a single number')
+
+
+def _defaults(section: type[StrictModel]) -> dict[str, Any]:
+    return {
+        name: None if info.is_required() else info.get_default(call_default_factory=True)
+        for name, info in section.model_fields.items()
+    }
 
 
 def _key(holder: Any, step: str, path: str) -> str | int:

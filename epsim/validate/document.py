@@ -4,15 +4,15 @@ The text holds no date, path or machine, so that the same report gives the same 
 part of the report only, and a test holds the cheap ones to the shipped document.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from epsim.atomic import require_replaceable, whole_file, write_errors
 from epsim.validate.figures import draw_figures
+from epsim.validate.fitted import METRICS, influence_sentence, parameters_section
+from epsim.validate.markdown import capital, number, table
 from epsim.validate.prose import FITTED, HEADER, LIMITS, REPRODUCED, TARGETS_TEXT, UNKNOWN
-
-METRICS = ("ttft", "tpot")
 
 
 def write_document(path: Path, report: Mapping[str, Any]) -> list[Path]:
@@ -42,12 +42,13 @@ def document(report: Mapping[str, Any]) -> str:
         FITTED,
         errors_table(s11["studies"]),
         naive_sentence(s11["studies"]),
+        influence_sentence(s11["studies"]),
         "![Predicted against published TTFT and TPOT](images/validation-s11.png)",
         "### Every cell, all rows fitted",
         cells_table(s11["cells"]),
         "### Every cell, held out",
-        *(part for study in s11["held_out"] for part in (f"{_capital(study['title'])}:", cells_table(study["cells"]))),
-        *parameters_section(s11["parameters"]),
+        *(part for study in s11["held_out"] for part in (f"{capital(study['title'])}:", cells_table(study["cells"]))),
+        *parameters_section(s11["parameters"], s11["cells"]),
         *images_section(s11["images"]),
         "### Where the time goes",
         *parts_section(),
@@ -70,7 +71,7 @@ def targets_table(targets: Sequence[Mapping[str, Any]]) -> str:
         )
         for entry in targets
     ]
-    return _table(("of", "figure", "target, at most", "reached", ""), rows)
+    return table(("of", "figure", "target, at most", "reached", ""), rows)
 
 
 def s10_section(s10: Mapping[str, Any]) -> str:
@@ -90,7 +91,7 @@ def s10_section(s10: Mapping[str, Any]) -> str:
         f"by {s10['mean_mixed_error_points']:.2f} in the mean. Published / simulated, batch {s10['batch_size']}, "
         "percent; "
         "P prefill, D decode, V vision, T text tokens; pairs are (token, expert) pairs, without DeDup, tokens are with "
-        "DeDup:\n\n" + _table(("benchmark", "method", *s10["columns"]), rows)
+        "DeDup:\n\n" + table(("benchmark", "method", *s10["columns"]), rows)
     )
 
 
@@ -108,7 +109,7 @@ def errors_table(studies: Sequence[Mapping[str, Any]]) -> str:
             study["title"] if i == 0 else "",
             f"{study['num_train']} / {study['num_test']}" if i == 0 else "",
             kind,
-            *(_number(study[key][name], 2) for name in names),
+            *(number(study[key][name], 2) for name in names),
         )
         for study in studies
         for i, (key, kind) in enumerate(kinds)
@@ -122,7 +123,7 @@ def errors_table(studies: Sequence[Mapping[str, Any]]) -> str:
         "TTFT speed-up, points",
         "TPOT speed-up, points",
     )
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def naive_sentence(studies: Sequence[Mapping[str, Any]]) -> str:
@@ -139,8 +140,8 @@ def naive_sentence(studies: Sequence[Mapping[str, Any]]) -> str:
         for name, text in names.items()
         if study["naive"][name] <= study["errors"][name]
     ]
-    number = len(studies) * len(names)
-    said = f"In {len(better)} of these {number} figures the naive rule is at least as good as the simulator"
+    count = len(studies) * len(names)
+    said = f"In {len(better)} of these {count} figures the naive rule is at least as good as the simulator"
     return f"{said}: {'; '.join(better)}." if better else f"{said}."
 
 
@@ -160,36 +161,7 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> str:
         ]
         rows.append((cell["benchmark"], cell["method"], str(cell["batch_size"]), *values))
     heads = [head for metric in METRICS for head in (f"{metric.upper()} published, s", "predicted, s", "error")]
-    return _table(("data set", "method", "batch", *heads), rows)
-
-
-def parameters_section(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return heading, table and the count of what the data do not determine."""
-    rows = [
-        (
-            f"`{entry['name']}`",
-            entry["text"]["specified"] or "none",
-            entry["text"]["value"],
-            interval_text(entry),
-            f"{entry['text']['low']} .. {entry['text']['high']}",
-            entry["reason"],
-        )
-        for entry in parameters
-    ]
-    loose = [f"`{entry['name']}`" for entry in parameters if not entry["determined"]]
-    said = (
-        f"{len(parameters) - len(loose)} of {len(parameters)} parameters are determined by the data; not determined: "
-        f"{', '.join(loose) or 'none'}. What is not determined may have any value in its interval, with the others "
-        "moved to suit: the fitted values are one way to get the times of table S11, not measurements of an Orin."
-    )
-    columns = ("parameter", "specification", "fitted", "95 % interval", "bounds", "why these bounds")
-    return ["### Fitted values", said, _table(columns, rows)]
-
-
-def interval_text(entry: Mapping[str, Any]) -> str:
-    """Return a parameter's interval, and why it does not determine the parameter where it does not."""
-    text = f"{entry['text']['interval_low']} .. {entry['text']['interval_high']}"
-    return text if entry["determined"] else f"undetermined: {text}, {entry['undetermined_because']}"
+    return table(("data set", "method", "batch", *heads), rows)
 
 
 def images_section(images: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -199,7 +171,7 @@ def images_section(images: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{entry['images']}{' (assumed)' if entry['assumed'] else ''}",
             str(entry["prompt_tokens"]),
             *(
-                _number(entry[key][name], 2)
+                number(entry[key][name], 2)
                 for key, name in (
                     ("errors", "ttft_percent"),
                     ("without_outlier", "ttft_percent"),
@@ -220,7 +192,7 @@ def images_section(images: Sequence[Mapping[str, Any]]) -> list[str]:
         "842 prompt tokens, yet MMMU's TTFT is the longer one at every batch size. Two images per MMMU request are "
         "assumed. The errors of three fits to all rows say what the assumption buys:"
     )
-    return ["### The assumption about images", said, _table(columns, rows)]
+    return ["### The assumption about images", said, table(columns, rows)]
 
 
 def parts_section() -> list[str]:
@@ -256,21 +228,6 @@ def s12_section(s12: Mapping[str, Any]) -> str:
         f"values: {lines}. The largest error is {s12['max_error_percent']:.1f} % in sample and "
         f"{s12['max_left_out_error_percent']:.1f} % when the batch size is left out. The mean saving of the lines is "
         f"{s12['saving_percent']:.1f} % ({s12['left_out_saving_percent']:.1f} % from batches left out), the paper's "
-        f"{s12['published_saving_percent']:.1f} %. So the time is serial per request, as on a host-bound system.\n\n"
-        + _table(columns, rows)
+        f"{s12['published_saving_percent']:.1f} %. So the time is a constant plus a time per request; which resource "
+        "that is, the table does not say.\n\n" + table(columns, rows)
     )
-
-
-def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(columns)]
-    lines.append(["---"] * len(lines[0]))
-    lines += [list(row) for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -5,7 +5,6 @@ the unpublished workload may have. Plain values come out, for JSON, tables, figu
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from epsim.calibrate.calibration import text
 from epsim.calibrate.fit import Effort, Fit, fit
-from epsim.calibrate.holdout import Errors, Mask, Scheme, errors, hold_out, in_sample, naive
+from epsim.calibrate.holdout import Errors, Mask, Scheme, errors, hold_out, in_sample, naive_beside_seen
 from epsim.calibrate.measured import Compare, Floats, MeasuredRow, measured_matrix, read_measured
 from epsim.calibrate.parameters import Parameter, load_parameters
 from epsim.calibrate.predict import Predictor
-from epsim.calibrate.workers import Workers
+from epsim.calibrate.workers import Workers, default_processes
 from epsim.scenario import load_raw
 from epsim.validate.published import data_path
 
 COMPARE = Compare(column="trace.method", value="baseline")
 EFFORT = Effort(tolerance=1e-8)  # a long flat valley: with the default the search stops some steps early
 DATA_NAME = "s11.csv"
+PARAMETERS_NAME = "orin.parameters.yaml"
 SCENARIO = Path("s11") / "orin-2x-olmoe.yaml"
 IMAGES = (1, 2, 3)
 ASSUMED_IMAGES = 2
@@ -35,6 +36,7 @@ STUDIES = (
     ("smoes", "SMoES from the baseline", "trace.method=attention-soft"),
     ("sqa_img", "SQA-IMG from MMMU", "trace.benchmark=SQA-IMG"),
 )
+_NO_INFLUENCE = 1e-9  # a derivative of the logarithm of a time, by a parameter's whole range: rounding gives 1e-12
 Advance = Callable[[str], None]
 
 
@@ -60,14 +62,18 @@ def load_case(scenarios: Path) -> Case:
     return Case(
         raw=load_raw(scenarios / SCENARIO),
         rows=read_measured(data_path(DATA_NAME)),
-        parameters=load_parameters(data_path("orin.parameters.yaml")),
+        parameters=load_parameters(data_path(PARAMETERS_NAME)),
     )
 
 
 def fit_rows(case: Case, train: Mask) -> Fit:
-    """Fit the training rows; the predictions are of all rows, all else in the fit knows the training rows only."""
+    """Fit the training rows alone; what comes out predicts all rows.
+
+    The values of the others are never seen. What was chosen beforehand with every row seen are the model's terms, the
+    bounds, the images per request and the weights.
+    """
     rows = tuple(row for row, known in zip(case.rows, train, strict=True) if known)
-    with Workers(Predictor(case.raw, rows), os.cpu_count() or 1) as workers:
+    with Workers(Predictor(case.raw, rows), default_processes()) as workers:
         every = np.ones(len(rows), dtype=bool)
         found = fit(workers.predictor, case.parameters, every, COMPARE, effort=EFFORT, workers=workers)
     if len(rows) == len(case.rows):
@@ -87,17 +93,28 @@ def run_studies(case: Case, advance: Advance = lambda text: None) -> dict[str, F
 def latency_report(case: Case, fits: Mapping[str, Fit]) -> dict[str, Any]:
     """Return schemes with their errors beside the naive rule, and every cell, published and predicted."""
     studies = [
-        scheme_report(case, key, title, held_out, fits[key].predicted) | {"values": dict(fits[key].values)}
+        scheme_report(case, key, title, held_out, fits[key].predicted)
+        | {"values": dict(fits[key].values), "without_influence": without_influence(case, fits[key])}
         for key, title, held_out in STUDIES
     ]
     return {"studies": studies, "cells": cells(case, fits["in_sample"].predicted), "held_out": _held_out(case, fits)}
 
 
+def without_influence(case: Case, fit: Fit) -> list[dict[str, str]]:
+    """Return field and value of the parameters that no fitted row depends on at the fit: the ridge places them."""
+    data_DN = fit.jacobian[: -len(case.parameters)]
+    still_N = np.abs(data_DN).max(axis=0) < _NO_INFLUENCE
+    return [
+        {"field": parameter.field, "text": str(text(parameter, fit.values[parameter.field]))}
+        for parameter, still in zip(case.parameters, still_N, strict=True)
+        if still
+    ]
+
+
 def scheme_report(case: Case, key: str, title: str, held_out: str | None, predicted: Floats) -> dict[str, Any]:
     """Return the errors of predictions, s [rows, 2], on the test rows of a study, with and without the outlier."""
     scheme = case.scheme(held_out)
-    known = naive(case.rows, scheme.train, scheme.test)
-    known = np.where(np.isnan(known), measured_matrix(case.rows), known)  # what is not predicted has been seen
+    known = naive_beside_seen(case.rows, scheme)
     return {
         "key": key,
         "title": title,

@@ -3,16 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from epsim.calibrate.calibration import Calibration, Question, device_profile, report
+from epsim.calibrate.calibration import Calibration, Question, device_profile, report, together
 from epsim.calibrate.determine import linearised
 from epsim.calibrate.fit import Fit
-from epsim.calibrate.holdout import naive
-from epsim.validate.latency import COMPARE, DATA_NAME, STUDIES, Case
+from epsim.validate.latency import COMPARE, DATA_NAME, EFFORT, STUDIES, Case
 
 _PREFIXES = ("cluster.device_types.orin.", "cluster.")
-_COMMAND = "epsim validate published --profile FILE"
+_COMMAND = "epsim validate published --device FILE"
 
 
 def parameter_report(case: Case, fits: Mapping[str, Fit]) -> list[dict[str, Any]]:
@@ -37,15 +34,19 @@ def short_name(path: str) -> str:
 
 def _calibration(case: Case, fits: Mapping[str, Fit]) -> Calibration:
     """Return the studies in the form that `epsim calibrate` reports."""
-    best, predicted, rule = fits["in_sample"], {}, {}
-    for key, title, held_out in STUDIES:
-        scheme = case.scheme(held_out)
-        predicted[title] = np.where(scheme.test[:, None], fits[key].predicted, np.nan)
-        rule[title] = naive(case.rows, scheme.train, scheme.test)
+    best = fits["in_sample"]
     return Calibration(
-        question=Question(parameters=case.parameters, compare=COMPARE, hold_outs={}),
+        question=Question(
+            parameters=case.parameters,
+            compare=COMPARE,
+            hold_outs={},
+            weights=best.problem.weights,
+            effort=EFFORT,
+        ),
         fit=best,
         intervals=linearised(best),
-        predicted=predicted,
-        naive=rule,
+        predicted={
+            title: together(case.rows, [case.scheme(held_out)], [fits[key].predicted])
+            for key, title, held_out in STUDIES
+        },
     )

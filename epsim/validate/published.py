@@ -15,6 +15,7 @@ import numpy.typing as npt
 from epsim.scenario.yaml_text import parse_yaml
 
 Floats = npt.NDArray[np.float64]
+PUBLISHED_NAME = "smoes.yaml"
 S11_METHODS = ("baseline", "attention-soft")
 S12_METHODS = ("baseline", "smoes")
 
@@ -54,7 +55,7 @@ class Published:
 
 def load_published() -> Published:
     """Return the packaged tables."""
-    content = parse_yaml(data_text("smoes.yaml"))
+    content = parse_yaml(data_text(PUBLISHED_NAME))
     return Published(
         citation=content["citation"],
         batch_sizes=tuple(content["batch_sizes"]),

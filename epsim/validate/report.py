@@ -9,10 +9,18 @@ from epsim.calibrate.profile import set_lines
 from epsim.errors import InputError
 from epsim.trace.synthetic import published_workload
 from epsim.validate.affine import affine_report
-from epsim.validate.latency import SCENARIO, images_report, latency_report, load_case, run_studies
+from epsim.validate.latency import (
+    DATA_NAME,
+    PARAMETERS_NAME,
+    SCENARIO,
+    images_report,
+    latency_report,
+    load_case,
+    run_studies,
+)
 from epsim.validate.parameters import fitted_profile, parameter_report
 from epsim.validate.parts import parts_report
-from epsim.validate.published import load_published
+from epsim.validate.published import PUBLISHED_NAME, data_path, load_published
 from epsim.validate.targets import target_report
 from epsim.validate.transfer import transfer_report
 
@@ -54,6 +62,12 @@ def require_scenarios(scenarios: Path) -> None:
                 f"--scenarios {scenarios}: there is no {needed}; run in the root of epsim's repository, or name the "
                 "folder"
             )
+
+
+def files_read(scenarios: Path) -> list[Path]:
+    """Return the files that a report is made of: the scenarios and the packaged data."""
+    packaged = (data_path(name) for name in (PUBLISHED_NAME, DATA_NAME, PARAMETERS_NAME))
+    return [*scenarios.glob("s10/*.yaml"), scenarios / SCENARIO, *packaged]
 
 
 def with_prompt_tokens(images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

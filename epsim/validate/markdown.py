@@ -1,0 +1,21 @@
+"""Pieces of Markdown: `table`, and `number` and `capital` for what is in it."""
+
+from collections.abc import Iterable, Sequence
+
+
+def table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of cells that are text already."""
+    lines = [list(columns)]
+    lines.append(["---"] * len(lines[0]))
+    lines += [list(row) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int) -> str:
+    """Return a number with so many digits, or a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def capital(text: str) -> str:
+    """Return a text with a capital first letter, all else as it is."""
+    return text[:1].upper() + text[1:]
