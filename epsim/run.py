@@ -181,9 +181,9 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
         prompt_Q, decode_Q = _lengths(d.trace, spec.workload, batch_size, batch)
         homes = d.layout.homes.assign(batch_size)
         kv_tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
-        np.add.at(kv_tokens_R, homes.decode_Q, prompt_Q + decode_Q)
-        moved = homes.prefill_Q != homes.decode_Q
-        np.add.at(kv_tokens_R, homes.prefill_Q[moved], prompt_Q[moved])
+        moves_Q = (homes.prefill_Q != homes.decode_Q) & (decode_Q > 0)  # a prompt without a decode step stays
+        np.add.at(kv_tokens_R, homes.prefill_Q, np.where(moves_Q, prompt_Q, prompt_Q + decode_Q))
+        np.add.at(kv_tokens_R, homes.decode_Q[moves_Q], (prompt_Q + decode_Q)[moves_Q])
         tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
         np.add.at(tokens_R, homes.prefill_Q, prompt_Q)
         account = d.layout.account(d.cluster, kv_tokens_R, tokens_R, dedup=spec.transmission.dedup != "none")

@@ -104,6 +104,14 @@ def test_pools_of_different_sizes_hold_different_numbers_of_experts() -> None:
     assert [accounts[f"d{r}"]["experts"] for r in range(3)] == [8 * 48, 4 * 48, 4 * 48]
 
 
+def test_a_prompt_without_a_decode_step_stays_where_it_was_prefilled() -> None:
+    # Two prompts of 6 tokens on each prefill device, and nothing moves; one more output token and they do (see above).
+    sizes = [size_of(KINDS["pd"], workload={"batch_sizes": [4], "max_output_tokens": n}) for n in (1, 2)]
+    caches = [[size["memory_bytes"][f"d{r}"]["kv_cache"] for r in range(4)] for size in sizes]
+    assert caches[0] == [12 * TOKEN, 12 * TOKEN, 0, 0]
+    assert caches[1] == [12 * TOKEN, 12 * TOKEN, 14 * TOKEN, 14 * TOKEN]
+
+
 def test_memory_that_does_not_suffice_is_refused() -> None:
     # dp needs 384 + 672 + 192 = 1248 bytes, tp 192 + 416 + 384 + 96 = 1088.
     changes = {"cluster": cluster(4, memory="1.2 kB")}
