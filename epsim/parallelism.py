@@ -92,11 +92,15 @@ def check_parallelism(spec: ScenarioSpec, model: ModelCard, num_devices: int) ->
 def _check_size(chosen: TpSpec, model: ModelCard, num_devices: int) -> None:
     size = chosen.size or num_devices
     if num_devices % size:
-        sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-        raise ScenarioError(
-            f"parallelism.size: {size} does not divide {num_devices} devices; write one of {', '.join(map(str, sizes))}"
-        )
-    model.shard(size)
+        why = f"does not divide {num_devices} devices"
+    elif uneven := model.uneven(size):
+        why = f"does not split {uneven} of {model.name}"
+    else:
+        return
+    fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0 and not model.uneven(n)]
+    raise ScenarioError(
+        f"parallelism.size: {size} {why}; write {'one of ' * (len(fits) > 1)}{', '.join(map(str, fits))}"
+    )
 
 
 def _check_split(spec: ScenarioSpec, num_devices: int) -> None:

@@ -298,6 +298,28 @@ def test_a_dense_model_has_no_experts_to_spread(kind: str) -> None:
         size_of(KINDS[kind], model=DENSE)
 
 
+# Sizes of tensor parallelism.
+
+
+@pytest.mark.parametrize(
+    ("size", "num_devices", "message"),
+    [
+        # 2 heads, 1 key-value head, experts of 2: the model splits by 1 and 2, six devices by 1, 2, 3 and 6.
+        (3, 6, "3 does not split attention.num_heads 2 of tiny; write one of 1, 2"),
+        (None, 6, "6 does not split attention.num_heads 2 of tiny; write one of 1, 2"),
+        (4, 6, "4 does not divide 6 devices; write one of 1, 2"),
+        (2, 3, "2 does not divide 3 devices; write 1"),
+    ],
+)
+def test_sizes_to_write_divide_devices_and_model(size: int | None, num_devices: int, message: str) -> None:
+    model = {**MODEL, "vocab_size": 12, "dense_ffn_size": 12}
+    with pytest.raises(ScenarioError) as error:
+        size_of({"kind": "tp", "size": size}, num_devices, model=model)
+    assert str(error.value) == f"parallelism.size: {message}"
+    for fit in message.rpartition("of " if "one of" in message else "write ")[2].split(", "):
+        assert size_of({"kind": "tp", "size": int(fit)}, num_devices, model=model)
+
+
 # Scenarios, comparisons and tables.
 
 
