@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from epsim import traces
 from epsim.compare import compare
-from epsim.errors import CapacityError, ScenarioError
+from epsim.errors import CapacityError, PlacementError, ScenarioError
 from epsim.run import assemble, check_memory, simulate
 from epsim.scenario import check_scenario, load_scenario
-from epsim.traces import write_trace
+from epsim.trace import TraceSource
+from epsim.traces import open_trace, write_trace
 
 SCENARIOS = Path(__file__).parent.parent / "scenarios"
 SYNTHETIC_LENGTHS = {"text_tokens": 6, "output_tokens": 3}
@@ -361,17 +363,59 @@ def test_a_comparison_has_bytes_and_memory() -> None:
     assert (dp["fullest_device_memory_bytes"], dp["all_devices_memory_bytes"]) == (1248, 4 * 1248)
 
 
-def test_a_comparison_looks_at_all_kinds_before_it_simulates_one() -> None:
-    steps = []
-    axes: dict[str, list[Any]] = {"parallelism.kind": ["ep", "tp"]}
-    with pytest.raises(ScenarioError, match=r'transmission\.dedup: "none" has no meaning under tp'):
-        compare(
-            raw({"kind": "ep"}, transmission={"dedup": "none"}),
-            axes,
-            {"parallelism.kind": "ep"},
-            lambda: steps.append(1),
-        )
+@pytest.mark.parametrize(
+    ("kinds", "changes", "error", "message"),
+    [
+        (
+            "ep tp",
+            {"transmission": {"dedup": "none"}},
+            ScenarioError,
+            r'transmission\.dedup: "none" has no meaning under',
+        ),
+        # At 8 requests twice the KV caches and buffers of above: 1440 bytes under dp, 1568 under tp.
+        (
+            "dp tp",
+            {"cluster": cluster(4, memory="1.5 kB")},
+            CapacityError,
+            r"batch 8 does not fit on d0: .* = 1\.568 kB",
+        ),
+        # Four experts on four devices, then on the three that afd leaves by attention_devices: 1.
+        ("ep afd", {}, PlacementError, "4 experts do not divide over 3 devices"),
+    ],
+)
+def test_a_comparison_looks_at_all_kinds_before_it_simulates_one(
+    kinds: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    steps: list[int] = []
+    values = [{"kind": "afd", "attention_devices": 1} if kind == "afd" else KINDS[kind] for kind in kinds.split()]
+    given = raw(values[0], workload={"batch_sizes": [4, 8]}, **changes)
+    with pytest.raises(error, match=message):
+        compare(given, {"parallelism": values}, {"parallelism": values[0]}, lambda: steps.append(1))
     assert steps == []
+    compare(given, {"parallelism": values[:1]}, {"parallelism": values[0]}, lambda: steps.append(1))
+    assert (
+        len(steps) == 2 * 3
+    )  # the first kind alone is not refused: a prefill and two decode steps for each batch size
+
+
+def test_traces_of_a_comparison_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(*args: Any) -> TraceSource:
+        drawn.append(1)
+        return open_trace(*args)
+
+    monkeypatch.setattr(traces, "open_trace", counted)
+    monkeypatch.setattr(traces, "_kept", {})
+    axes: dict[str, list[Any]] = {"trace.seed": [1, 2, 3], "transmission.dedup": ["none", "device"]}
+    compare(raw({"kind": "ep"}), axes, {"trace.seed": 1, "transmission.dedup": "none"})
+    assert len(drawn) == 3
+    # With two in memory at most, the first is gone when it is simulated, and so on: each is drawn again.
+    drawn.clear()
+    monkeypatch.setattr(traces, "MAX_IDS_KEPT", 0)
+    monkeypatch.setattr(traces, "_kept", {})
+    compare(raw({"kind": "ep"}), axes, {"trace.seed": 1, "transmission.dedup": "none"})
+    assert len(drawn) == 6
 
 
 @pytest.mark.parametrize("kind", ["afd", "pd"])
