@@ -46,6 +46,15 @@ class Layout:
         """Return the devices that work for requests with these homes, in order."""
         return [int(device) for device in np.flatnonzero(np.isin(self.leader_R, homes))]
 
+    def serving_R(self, homes: Devices) -> npt.NDArray[np.bool_]:
+        """Return which devices can serve routed pairs of requests with these homes: those of their groups with experts.
+
+        Under tensor parallelism all of a group, each its slice.
+        """
+        group_R = self.placement.group_of_device_R
+        has_experts_R: npt.NDArray[np.bool_] = (self.placement.filled_slots_R > 0)[self.leader_R]
+        return has_experts_R if group_R is None else has_experts_R & np.isin(group_R, group_R[homes])
+
     def account(
         self,
         cluster: Cluster,

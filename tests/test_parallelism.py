@@ -9,7 +9,9 @@ from numpy.testing import assert_allclose
 
 from epsim import traces
 from epsim.compare import compare
+from epsim.console import print_in_full
 from epsim.errors import CapacityError, PlacementError, ScenarioError
+from epsim.report.tables import simulation_tables
 from epsim.run import assemble, check_memory, simulate
 from epsim.scenario import check_scenario, load_scenario
 from epsim.trace import TraceSource
@@ -240,6 +242,35 @@ def test_bytes_on_the_links_are_the_bytes_sent(kind: str, mode: str) -> None:
         assert_allclose(parts_s_PR.sum(axis=0), step.duration_s, rtol=1e-12)
 
 
+EVEN = 1.0
+BALANCEDNESS = {
+    # Every token chooses all four experts: each device that can serve the request serves as many pairs as any other.
+    "ep": (EVEN, EVEN),
+    "tp": (EVEN, 0.5),  # one request in decode: its group of two is busy, the other is not
+    "dp": (EVEN, 0.25),
+    "afd": (EVEN, EVEN),
+    "pd": (EVEN, EVEN),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_balancedness_is_over_the_devices_that_can_serve(kind: str) -> None:
+    model = {**MODEL, "moe": {**MODEL["moe"], "topk": 4}}
+    found = []
+    for batch, phase in ((4, "prefill"), (1, "decode")):
+        ratios = size_of(KINDS[kind], model=model, workload={"batch_sizes": [batch]})[phase]["balancedness"]
+        assert ratios["ratio_of_sums"] == ratios["mean_of_ratios"]
+        found.append(ratios["ratio_of_sums"])
+    assert tuple(found) == BALANCEDNESS[kind]
+
+
+def test_devices_without_experts_do_not_count_where_loads_differ() -> None:
+    # Experts 0, 1 on d2 and 2, 3 on d3. One token a step chooses one expert: all of a layer is on one of the two.
+    model = {**MODEL, "moe": {**MODEL["moe"], "topk": 1}}
+    size = size_of(KINDS["afd"], model=model, workload={"batch_sizes": [1]})
+    assert size["decode"]["balancedness"] == {"ratio_of_sums": 0.5, "mean_of_ratios": 0.5}
+
+
 def test_replicas_of_equal_requests_take_the_time_of_one() -> None:
     # Every token chooses all four experts, so that requests differ in nothing.
     model = {**MODEL, "moe": {**MODEL["moe"], "topk": 4}}
@@ -289,6 +320,19 @@ def test_a_dense_model_has_no_experts_in_memory_or_time() -> None:
     items = ("experts", "other_weights", "kv_cache", "buffers")
     assert [size["memory_bytes"]["d0"][item] for item in items] == [0, 3 * (96 + 96) + 128, 8 * TOKEN, 0]
     assert size["prefill"]["parts_s"]["experts"] == size["prefill"]["parts_s"]["router"] == 0
+
+
+@pytest.mark.parametrize("kind", ["tp", "dp"])
+def test_a_dense_model_routes_nothing(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = simulate(check_scenario(raw(KINDS[kind], model=DENSE)))
+    (size,) = outcome.results["batch_sizes"]
+    assert {share for shares in size["transfer_ratio"].values() for share in shares.values()} == {None}
+    assert size["prefill"]["balancedness"] is size["decode"]["balancedness"] is None
+    assert not any(step.pairs_LR.any() for step in outcome.steps[4])
+    print_in_full(simulation_tables(outcome.results))
+    latency, ratios = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(" 4 ")][:2]
+    assert latency[-2:] == ["-", "-"]
+    assert ratios == ["4", *"--------"]
 
 
 @pytest.mark.parametrize("kind", ["ep", "afd", "pd"])
