@@ -14,9 +14,9 @@ import numpy.typing as npt
 from epsim.cluster import Cluster
 from epsim.cost import HomeWork
 from epsim.errors import TraceError
+from epsim.layout import Layout
 from epsim.metrics import Phase, RequestRecord, StepRecord
 from epsim.model import ModelCard
-from epsim.parallelism import Layout
 from epsim.sim import PARTS, Execution, Fidelity, ReplicaPlanner, StepPlanner, StepResult, simulate_step
 from epsim.trace import Modality, RoutingTrace, TraceSource, check_trace
 from epsim.traffic import StepTraffic, TrafficCounter, count_remote

@@ -13,9 +13,10 @@ from epsim.batch import Deployment, StepInput, run_steps, step_inputs
 from epsim.cluster import Cluster, build_cluster
 from epsim.cost import MemoryAccount, RooflineCost
 from epsim.errors import TraceError
+from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
-from epsim.parallelism import Layout, check_parallelism, group_size, lay_out
+from epsim.parallelism import check_parallelism, group_size, lay_out
 from epsim.placement import POLICIES, PlacementProblem
 from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TransmissionSpec, WorkloadSpec
 from epsim.sim import ReplicaPlanner, StepPlanner, Transmission
