@@ -15,7 +15,6 @@ from epsim.batch import step_inputs
 from epsim.model import ModelCard
 from epsim.run import assemble, simulate
 from epsim.scenario import ScenarioSpec, load_scenario
-from epsim.scenario.load import preset_names
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "dense-vs-moe.md"
@@ -92,18 +91,15 @@ ORIN_FITTED = Machine(
     overrides=(f"cluster.device_types.orin={FITTED}",),
 )
 H100 = Machine(key="h100", title="16 H100 in two nodes, data sheet", rows=H100_ROWS, dense=H100_DENSE)
+MACHINES = (ORIN, ORIN_FITTED, H100)
 ROUTINGS = (
     ("olmoe, SMoES", ORIN, ORIN_ROWS[0]),
     ("olmoe, baseline", ORIN, ORIN_ROWS[2]),
     ("qwen3-moe", H100, H100_ROWS[0]),
 )
+TABLES = ("throughput", "ratios", "times")  # of each machine
+KEYS = ("weights", *(f"{machine.key}-{name}" for machine in MACHINES for name in TABLES))
 DENSE_ROWS = tuple((machine, row) for machine in (ORIN, H100) for row in (machine.rows[-1], machine.rows[-3]))
-
-
-def machines() -> tuple[Machine, ...]:
-    """Return those whose device types are shipped."""
-    fitted = (ORIN_FITTED,) if FITTED in preset_names("device_types") else ()
-    return (ORIN, *fitted, H100)
 
 
 def scenario(machine: Machine, row: Row, batches: Sequence[int], *overrides: str) -> ScenarioSpec:
@@ -225,14 +221,32 @@ def weights_table() -> list[str]:
     return lines
 
 
+def tables_of(machine: Machine, by_row: Mapping[str, Sizes]) -> dict[str, list[str]]:
+    """Return the lines of a machine's tables by the keys of their marks (see `KEYS`)."""
+    tables = (throughput_table(by_row), ratio_table(machine, by_row), times_table(by_row))
+    return {f"{machine.key}-{name}": lines for name, lines in zip(TABLES, tables, strict=True)}
+
+
+def place_of(key: str) -> re.Pattern[str]:
+    """Return what finds a table with its marks."""
+    return re.compile(f"<!-- table: {key} -->\n(.*?)<!-- end -->", flags=re.DOTALL)
+
+
+def check_page() -> None:
+    """Exit in one line unless the page has a place for every table."""
+    text = PAGE.read_text(encoding="utf-8")
+    for key in KEYS:
+        found = len(place_of(key).findall(text))
+        if found != 1:
+            raise SystemExit(f'{PAGE}: {found} tables "{key}"; write <!-- table: {key} --> and <!-- end --> once')
+
+
 def write_page(tables: Mapping[str, Sequence[str]]) -> None:
     """Replace the tables between the marks of the page."""
     text = PAGE.read_text(encoding="utf-8")
     for key, lines in tables.items():
         block = f"<!-- table: {key} -->\n" + "\n".join(lines) + "\n<!-- end -->"
-        text, found = re.subn(rf"<!-- table: {key} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL)
-        if found != 1:
-            raise SystemExit(f'{PAGE}: {found} tables "{key}"; write <!-- table: {key} --> and <!-- end --> once')
+        text = place_of(key).sub(lambda _, b=block: b, text)
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -264,13 +278,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", action="store_true", help="replace the tables and the picture of the page")
     docs = parser.parse_args().docs
+    if docs:
+        check_page()
     tables = {"weights": weights_table()}
     results: dict[Machine, dict[str, Sizes]] = {}
-    for machine in machines():
+    for machine in MACHINES:
         results[machine] = {row.name: run(machine, row, BATCHES) for row in machine.rows}
-        tables[f"{machine.key}-throughput"] = throughput_table(results[machine])
-        tables[f"{machine.key}-ratios"] = ratio_table(machine, results[machine])
-        tables[f"{machine.key}-times"] = times_table(results[machine])
+        tables |= tables_of(machine, results[machine])
     if docs:
         write_page(tables)
         draw(results)

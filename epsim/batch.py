@@ -14,9 +14,9 @@ import numpy.typing as npt
 from epsim.cluster import Cluster
 from epsim.cost import HomeWork
 from epsim.errors import TraceError
+from epsim.layout import Layout
 from epsim.metrics import Phase, RequestRecord, StepRecord
 from epsim.model import ModelCard
-from epsim.parallelism import Layout
 from epsim.sim import PARTS, Execution, Fidelity, ReplicaPlanner, StepPlanner, StepResult, simulate_step
 from epsim.trace import Modality, RoutingTrace, TraceSource, check_trace
 from epsim.traffic import StepTraffic, TrafficCounter, count_remote
@@ -56,13 +56,15 @@ class StepInput:
     """What a step is before any device or link has a speed: it follows from routing, placement and homes alone.
 
     request_Q: indices of the requests in the batch that get a token. counts_M4: routed pairs and visits, all and remote
-    (`epsim.traffic.count_remote`). works: one per micro-batch. kv_tokens_RR: tokens whose KV cache moves afterwards.
+    (`epsim.traffic.count_remote`); none for a dense model. serving_R: which devices can serve pairs of this phase; of a
+    dense model none. works: one per micro-batch. kv_tokens_RR: tokens whose KV cache moves afterwards.
     """
 
     step: int
     num_tokens: int
     request_Q: npt.NDArray[np.int64]
     counts_M4: npt.NDArray[np.int64]
+    serving_R: npt.NDArray[np.bool_]
     works: tuple[HomeWork, ...]
     traffic: StepTraffic
     kv_tokens_RR: npt.NDArray[np.int64]
@@ -106,7 +108,8 @@ def run_steps(
         result, execution = simulate_step(plan, cluster, fidelity)
         if execution is not None and given.step < num_executions:
             executions.append(execution)
-        steps.append(_record(batch, given, now_s, result, planner.served_pairs_LR(given.traffic)))
+        pairs_LR = planner.served_pairs_LR(given.traffic) * given.serving_R  # a dense model's go to a stand-in
+        steps.append(_record(batch, given, now_s, result, pairs_LR))
         for q in given.request_Q:
             token_times[q].append(now_s + steps[-1].duration_s)
         now_s += steps[-1].duration_s + steps[-1].kv_exposed_s
@@ -169,21 +172,33 @@ class _BatchRun:
     def input(self, step: int) -> StepInput:
         """Return what is known of a step before it runs."""
         deployment, tokens = self._deployment, self._tokens(step)
-        counts_M4: npt.NDArray[np.int64] = count_remote(
-            tokens.topk_expert_ids_TLK,
-            tokens.home_T,
-            tokens.modality_T,
-            deployment.layout.placement.device_of_expert_RLE,
-        )
         return StepInput(
             step=step,
             num_tokens=len(tokens.home_T),
             request_Q=np.unique(tokens.request_T),
-            counts_M4=counts_M4,
+            counts_M4=self._counts(tokens),
+            serving_R=self._serving(step),
             works=self._works(tokens),
             traffic=deployment.counter.count(tokens.topk_expert_ids_TLK, tokens.home_T),
             kv_tokens_RR=self._moving_kv_tokens(step),
         )
+
+    def _counts(self, tokens: _StepTokens) -> npt.NDArray[np.int64]:
+        """Return `StepInput.counts_M4`."""
+        if self._deployment.model.moe is None:
+            return np.zeros((2, 4), dtype=np.int64)
+        device_of_expert_RLE = self._deployment.layout.placement.device_of_expert_RLE
+        counts_M4: npt.NDArray[np.int64] = count_remote(
+            tokens.topk_expert_ids_TLK, tokens.home_T, tokens.modality_T, device_of_expert_RLE
+        )
+        return counts_M4
+
+    def _serving(self, step: int) -> npt.NDArray[np.bool_]:
+        """Return `StepInput.serving_R`."""
+        d = self._deployment
+        if d.model.moe is None:
+            return np.zeros(d.cluster.num_devices, dtype=np.bool_)
+        return d.layout.serving_R(d.layout.homes.prefill_devices if step == 0 else d.layout.homes.decode_devices)
 
     def _works(self, tokens: _StepTokens) -> tuple[HomeWork, ...]:
         """Return the work of each micro-batch. Images and outputs count for the first: they are computed together."""
@@ -261,6 +276,7 @@ def _record(
         link_busy_s_X=result.link_busy_s_X,
         link_bytes_X=result.link_bytes_X,
         pairs_LR=pairs_LR,
+        serving_R=given.serving_R,
         sent_bytes=float(result.delivered_bytes_RR.sum()),
         contended=result.contended,
     )

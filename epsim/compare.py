@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from epsim.errors import ScenarioError
-from epsim.run import model_and_cluster, simulate
+from epsim.run import check, model_and_cluster, simulate
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
 from epsim.scenario.yaml_text import parse_yaml
 
@@ -76,9 +76,11 @@ def compare(
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     specs = [_with(raw, combination) for combination in combinations]
     for spec in specs:
-        model_and_cluster(spec)
+        model_and_cluster(spec)  # quick, so that what it refuses is said before any trace is drawn
     if any(spec.workload.batch_sizes != specs[0].workload.batch_sizes for spec in specs):
         raise ScenarioError("--axis: the batch sizes differ; write them all with --set workload.batch_sizes=[...]")
+    for spec in specs:
+        check(spec)
     rows = []
     for combination, spec in zip(combinations, specs, strict=True):
         results = simulate(spec, advance).results

@@ -51,8 +51,9 @@ class StepRecord:
     """One prefill (step 0) or decode step of a batch.
 
     parts_s: seconds per device [R] of each part. link_busy_s, link_bytes: per link [X]. pairs_LR: routed pairs that
-    each device served. sent_bytes: of all messages between devices, each counted once. kv_exposed_s: what the next step
-    waited for KV caches on their way. contended: whether a flow waited for another on a link, None where unknown.
+    each device served. serving_R: which devices can serve pairs in this phase; none for a dense model. sent_bytes: of
+    all messages between devices, each counted once. kv_exposed_s: what the next step waited for KV caches on their way.
+    contended: whether a flow waited for another on a link, None where unknown.
     """
 
     batch: int
@@ -66,6 +67,7 @@ class StepRecord:
     link_busy_s_X: Floats
     link_bytes_X: Floats
     pairs_LR: npt.NDArray[np.int64]
+    serving_R: npt.NDArray[np.bool_]
     sent_bytes: float
     contended: bool | None
 
@@ -125,13 +127,14 @@ def distribution(values: Sequence[float] | Floats) -> dict[str, float] | None:
 
 
 def balancedness(pairs_by_step: Sequence[npt.NDArray[np.int64]]) -> dict[str, float] | None:
-    """Return mean load over maximum load of the devices, in the two forms in use.
+    """Return mean load over maximum load of the devices, in the two forms in use; None where nothing is routed.
 
+    pairs_by_step: routed pairs of each layer and device that can serve them, [layers, devices], for each step.
     ratio_of_sums: sum of means / sum of maxima over layers and steps (vLLM); mean_of_ratios: the mean of each
     layer's mean / max (SGLang). Layers without load do not count.
     """
     loads = np.concatenate(pairs_by_step) if pairs_by_step else np.zeros((0, 1))
-    loads = loads[loads.max(axis=1) > 0]
+    loads = loads[loads.any(axis=1)]
     if not len(loads):
         return None
     mean, maximum = loads.mean(axis=1), loads.max(axis=1)
@@ -168,7 +171,7 @@ def summarise_phase(
             for name, busy, size in zip(link_names, busy_s_X, bytes_X, strict=True)
         },
         "sent_bytes_per_step": sum(step.sent_bytes for step in steps) / len(steps),
-        "balancedness": balancedness([step.pairs_LR for step in steps]),
+        "balancedness": balancedness([step.pairs_LR[:, step.serving_R] for step in steps]),
         "staging_s": float(busy_s_X[[name in staging_links for name in link_names]].sum() / len(steps)),
         "contended_steps_frac": float(np.mean(contended)) if contended else None,
     }

@@ -1,6 +1,5 @@
 """The composition root: a `ScenarioSpec` becomes domain objects (`assemble`), and these an `Outcome` (`simulate`)."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +13,16 @@ from epsim.batch import Deployment, StepInput, run_steps, step_inputs
 from epsim.cluster import Cluster, build_cluster
 from epsim.cost import MemoryAccount, RooflineCost
 from epsim.errors import TraceError
+from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
-from epsim.parallelism import Layout, check_parallelism, group_size, lay_out
+from epsim.parallelism import check_parallelism, group_size, lay_out
 from epsim.placement import POLICIES, PlacementProblem
-from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TraceSpec, TransmissionSpec, WorkloadSpec
+from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TransmissionSpec, WorkloadSpec
 from epsim.sim import ReplicaPlanner, StepPlanner, Transmission
 from epsim.sim.slices import Slice, slices_of
 from epsim.trace import TraceSource
-from epsim.trace.statistics import expert_load
-from epsim.traces import num_requests_needed, open_trace, trace_shape
+from epsim.traces import num_requests_needed, trace_and_load, trace_shape
 from epsim.traffic import MessageFormat, TrafficCounter
 
 Advance = Callable[[], None]
@@ -45,8 +44,7 @@ def simulate(spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeli
     advance: is called after each simulated step (see `count_steps`). with_timeline: keep the slices of the first
     batch's first steps.
     """
-    deployment = assemble(spec)
-    accounts = {size: check_memory(deployment, spec, size) for size in spec.workload.batch_sizes}
+    deployment, accounts = check(spec)
     outcome = Outcome(
         results=_header(spec, deployment), device_names=accounts[spec.workload.batch_sizes[0]].device_names
     )
@@ -59,10 +57,16 @@ def simulate(spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeli
     return outcome
 
 
+def check(spec: ScenarioSpec) -> tuple[Deployment, dict[int, MemoryAccount]]:
+    """Return what `simulate` runs, and the memory account of every batch size; raise all that it would refuse."""
+    deployment = assemble(spec)
+    return deployment, {size: check_memory(deployment, spec, size) for size in spec.workload.batch_sizes}
+
+
 def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, and layout of a scenario, and check that they fit together."""
     model, cluster = model_and_cluster(spec)
-    trace, load_MLE = _trace_and_load(*_trace_key(spec, model))
+    trace, load_MLE = trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     _check_trace(trace, model, spec.workload)
     layout = _lay_out(spec, cluster, model, load_MLE)
     transmission = build_transmission(spec, model)
@@ -109,24 +113,6 @@ def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
         overlap_kv=spec.homes.kv_transfer == "overlapped",
         message_format=MessageFormat.of(model.hidden_size, t.dispatch_dtype, t.combine_dtype),
     )
-
-
-def _trace_key(spec: ScenarioSpec, model: ModelCard) -> tuple[TraceSpec, ModelCard, int, tuple[int, int] | None]:
-    """Return what decides on the trace: for a file, also its present time of change and size."""
-    state = None
-    if isinstance(spec.trace, FileTraceSpec) and Path(spec.trace.path).exists():
-        status = Path(spec.trace.path).stat()
-        state = status.st_mtime_ns, status.st_size
-    return spec.trace, model, num_requests_needed(spec.workload), state
-
-
-@functools.lru_cache(maxsize=2)
-def _trace_and_load(
-    spec: TraceSpec, model: ModelCard, num_requests: int, file_state: tuple[int, int] | None
-) -> tuple[TraceSource, npt.NDArray[np.int64]]:
-    """Cached, because the scenarios of a comparison mostly share their trace."""
-    trace = open_trace(spec, model, num_requests)
-    return trace, expert_load(trace)
 
 
 def _check_trace(trace: TraceSource, model: ModelCard, workload: WorkloadSpec) -> None:
@@ -181,9 +167,9 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
         prompt_Q, decode_Q = _lengths(d.trace, spec.workload, batch_size, batch)
         homes = d.layout.homes.assign(batch_size)
         kv_tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
-        np.add.at(kv_tokens_R, homes.decode_Q, prompt_Q + decode_Q)
-        moved = homes.prefill_Q != homes.decode_Q
-        np.add.at(kv_tokens_R, homes.prefill_Q[moved], prompt_Q[moved])
+        moves_Q = (homes.prefill_Q != homes.decode_Q) & (decode_Q > 0)  # a prompt without a decode step stays
+        np.add.at(kv_tokens_R, homes.prefill_Q, np.where(moves_Q, prompt_Q, prompt_Q + decode_Q))
+        np.add.at(kv_tokens_R, homes.decode_Q[moves_Q], (prompt_Q + decode_Q)[moves_Q])
         tokens_R = np.zeros(d.cluster.num_devices, dtype=np.int64)
         np.add.at(tokens_R, homes.prefill_Q, prompt_Q)
         account = d.layout.account(d.cluster, kv_tokens_R, tokens_R, dedup=spec.transmission.dedup != "none")
@@ -197,7 +183,7 @@ def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) ->
 def count_steps(spec: ScenarioSpec) -> int:
     """Return how many steps `simulate` will run, for a progress bar."""
     model = ModelCard.from_mapping(spec.model.model_dump())
-    trace, _ = _trace_and_load(*_trace_key(spec, model))
+    trace, _ = trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     return sum(
         1 + int(_lengths(trace, spec.workload, size, batch)[1].max(initial=0))
         for size in spec.workload.batch_sizes

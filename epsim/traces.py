@@ -1,9 +1,12 @@
-"""From the `trace` section of a scenario to a `TraceSource` (`open_trace`) or to a file (`write_trace`)."""
+"""From the `trace` section of a scenario to a `TraceSource` (`trace_and_load`) or to a file (`write_trace`)."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from epsim.errors import TraceError
 from epsim.model import ModelCard
@@ -18,9 +21,13 @@ from epsim.scenario.spec import (
 )
 from epsim.trace import RoutingTrace, TraceShape, TraceSource, concatenate, synthetic
 from epsim.trace.file import TraceFile, TraceWriter, copy_trace
+from epsim.trace.statistics import expert_load
 
 MAX_IDS_IN_MEMORY = 2**32  # expert ids of a synthetic trace, of 1 or 2 bytes each
+MAX_TRACES_KEPT, MAX_IDS_KEPT = 16, 2**28  # for the next scenario; two are kept however many ids they have
 
+TraceAndLoad = tuple[TraceSource, npt.NDArray[np.int64]]
+_kept: dict[Hashable, TraceAndLoad] = {}  # the last used one last
 
 _DENSE_SHAPE = TraceShape(layer_ids=(0,), num_experts=1, topk=1)  # every token goes to the one expert of one layer
 
@@ -35,6 +42,34 @@ def trace_shape(model: ModelCard) -> TraceShape:
 def num_requests_needed(workload: WorkloadSpec) -> int:
     """Return how many requests the largest batch size takes."""
     return max(workload.batch_sizes) * workload.num_batches
+
+
+def trace_and_load(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceAndLoad:
+    """Return the trace (`open_trace`) and its expert loads, int64 [modality, L, E].
+
+    Kept, because the scenarios of a comparison mostly share their trace, and each is checked before one is simulated.
+    """
+    key = _key(spec, model, num_requests)
+    found = _kept.pop(key, None)
+    if found is None:
+        trace = open_trace(spec, model, num_requests)
+        found = trace, expert_load(trace)
+    _kept[key] = found
+    while len(_kept) > MAX_TRACES_KEPT or (len(_kept) > 2 and _num_ids_kept() > MAX_IDS_KEPT):
+        del _kept[next(iter(_kept))]
+    return found
+
+
+def _key(spec: TraceSpec, model: ModelCard, num_requests: int) -> Hashable:
+    """Return what decides on a trace: for a file, also its present time of change and size."""
+    if not isinstance(spec, FileTraceSpec) or not Path(spec.path).exists():
+        return spec, model, num_requests
+    status = Path(spec.path).stat()
+    return spec, status.st_mtime_ns, status.st_size
+
+
+def _num_ids_kept() -> int:
+    return sum(trace.topk_expert_ids_TLK.size for trace, _ in _kept.values() if isinstance(trace, RoutingTrace))
 
 
 def open_trace(spec: TraceSpec, model: ModelCard, num_requests: int) -> TraceSource:

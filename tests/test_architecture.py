@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ANYONE_MAY = {"__init__", "units", "errors"}  # __init__: the version
 PARTS = {"atomic", "batch", "cluster", "cost", "metrics", "model", "placement", "scenario", "sim", "trace", "traffic"}
-PARTS |= {"parallelism"}
+PARTS |= {"layout", "parallelism"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "units": set(),
@@ -27,11 +27,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost": {"cluster", "model", "placement"},
     "sim": {"traffic", "cost", "cluster", "model"},
     "metrics": set(),
-    "parallelism": {"cluster", "cost", "model", "placement", "scenario"},
-    "batch": {"cluster", "cost", "metrics", "model", "parallelism", "placement", "sim", "trace", "traffic"},
+    "layout": {"cluster", "cost", "model", "placement"},
+    "batch": {"cluster", "cost", "layout", "metrics", "model", "placement", "sim", "trace", "traffic"},
     "report": {"atomic", "metrics"},
     "scenario": set(),
     "traces": {"model", "scenario", "trace"},
+    "parallelism": {"layout", "model", "placement", "scenario"},
     "run": PARTS | {"traces"},
     "compare": {"run", "scenario"},
     "calibrate": {"atomic", "batch", "cluster", "model", "run", "scenario"},

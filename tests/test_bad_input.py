@@ -185,7 +185,7 @@ VALUES = {
     "parallelism={kind: dp, size: 2}": "parallelism.size: is not a known field; known are kind",
     "parallelism={kind: tp, size: 3}": "parallelism.size: 3 does not divide 2 devices; write one of 1, 2",
     "parallelism.kind=tp model.attention.num_heads=3": "parallelism.size: 2 does not split attention.num_heads 3 "
-    "of OLMoE-1B-7B-0125; write one of 1",
+    "of OLMoE-1B-7B-0125; write 1",
     "parallelism={kind: afd, attention_devices: 2}": "parallelism.attention_devices: 2 leaves none of 2 devices; "
     "write 1 or less",
     "parallelism={kind: pd, prefill_devices: 0}": "parallelism.prefill_devices: 0 is not above 0; "

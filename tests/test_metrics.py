@@ -52,6 +52,7 @@ def test_balancedness_in_both_forms() -> None:
     result = balancedness([loads_LR[:2], loads_LR[2:]])
     assert result == pytest.approx({"ratio_of_sums": (3 + 1) / (4 + 1), "mean_of_ratios": (0.75 + 1) / 2})
     assert balancedness([loads_LR[2:]]) is None
+    assert balancedness([np.zeros((1, 0))]) is None  # nobody can serve
 
 
 def test_transfer_ratios_by_hand() -> None:
@@ -79,7 +80,8 @@ def step(duration_s: float, busy_s: float, kv_exposed_s: float = 0.0) -> StepRec
         parts_s={"attention": np.array([1.0, 3.0])},
         link_busy_s_X=np.array([busy_s]),
         link_bytes_X=np.array([100.0]),
-        pairs_LR=np.array([[1, 1]]),
+        pairs_LR=np.array([[1, 3, 0]]),
+        serving_R=np.array([True, True, False]),
         sent_bytes=100.0 * duration_s,
         contended=busy_s > 2,
     )
@@ -94,4 +96,5 @@ def test_phase_summary_by_hand() -> None:
     assert summary["links"] == {"wire": {"busy_frac": 0.5, "bytes_per_step": 100.0}}
     assert summary["sent_bytes_per_step"] == 300.0  # 200 and 400
     assert summary["contended_steps_frac"] == 0.5
+    assert summary["balancedness"] == {"ratio_of_sums": 2 / 3, "mean_of_ratios": 2 / 3}  # of the two that can serve
     assert summarise_phase([], ["wire"]) is None

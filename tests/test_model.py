@@ -262,26 +262,23 @@ def test_a_latent_and_its_projections_are_on_every_shard(cards: dict[str, ModelC
 
 
 @pytest.mark.parametrize(
-    ("preset", "size", "message"),
-    [
-        ("olmoe", 3, "does not split attention.num_heads 16 of OLMoE-1B-7B-0125; write one of 1, 2, 4, 8, 16"),
-        ("qwen3-moe", 3, "does not split vocab_size 151936 of Qwen3-30B-A3B; write one of 1, 2, 4, 8, 16, 32"),
-    ],
+    ("preset", "size", "field"),
+    [("olmoe", 3, "attention.num_heads 16"), ("qwen3-moe", 3, "vocab_size 151936"), ("qwen3-moe", 4, None)],
 )
-def test_what_does_not_divide_is_said(cards: dict[str, ModelCard], preset: str, size: int, message: str) -> None:
-    with pytest.raises(ScenarioError) as error:
-        cards[preset].shard(size)
-    assert str(error.value) == f"parallelism.size: {size} {message}"
+def test_what_does_not_divide_is_said(cards: dict[str, ModelCard], preset: str, size: int, field: str | None) -> None:
+    card = cards[preset]
+    assert card.uneven(size) == field
+    if field:
+        with pytest.raises(ValueError, match=f"{card.name}: 3 devices cannot share {field} evenly"):
+            card.shard(size)
 
 
-def test_key_value_heads_that_cannot_be_shared_are_refused() -> None:
+def test_key_value_heads_are_shared_or_copied_evenly() -> None:
     # 12 query heads divide by 6 and by 4; 4 key-value heads do not divide by 6, nor 6 by 4.
     attention = GroupedQueryAttention(num_heads=12, num_kv_heads=4, head_dim=2)
     card = ModelCard(name="x", hidden_size=4, num_layers=1, vocab_size=12, attention=attention, dense_ffn_size=12)
-    with pytest.raises(
-        ScenarioError, match=r"6 does not split attention.num_kv_heads 4 of x; write one of 1, 2, 4, 12"
-    ):
-        card.shard(6)
+    assert card.uneven(6) == "attention.num_kv_heads 4"
+    assert [n for n in range(1, 13) if not card.uneven(n)] == [1, 2, 4, 12]
 
 
 def test_tied_embeddings_count_once(cards: dict[str, ModelCard]) -> None:

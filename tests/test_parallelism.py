@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from epsim import traces
 from epsim.compare import compare
-from epsim.errors import CapacityError, ScenarioError
+from epsim.console import print_in_full
+from epsim.errors import CapacityError, PlacementError, ScenarioError
+from epsim.report.tables import simulation_tables
 from epsim.run import assemble, check_memory, simulate
 from epsim.scenario import check_scenario, load_scenario
-from epsim.traces import write_trace
+from epsim.trace import TraceSource
+from epsim.traces import open_trace, write_trace
 
 SCENARIOS = Path(__file__).parent.parent / "scenarios"
 SYNTHETIC_LENGTHS = {"text_tokens": 6, "output_tokens": 3}
@@ -102,6 +106,14 @@ def test_pools_of_different_sizes_hold_different_numbers_of_experts() -> None:
     # One prefill device has all four experts, each of two decode devices two of them: 4 and 2 slots in 2 layers.
     accounts = size_of({"kind": "pd", "prefill_devices": 1}, 3)["memory_bytes"]
     assert [accounts[f"d{r}"]["experts"] for r in range(3)] == [8 * 48, 4 * 48, 4 * 48]
+
+
+def test_a_prompt_without_a_decode_step_stays_where_it_was_prefilled() -> None:
+    # Two prompts of 6 tokens on each prefill device, and nothing moves; one more output token and they do (see above).
+    sizes = [size_of(KINDS["pd"], workload={"batch_sizes": [4], "max_output_tokens": n}) for n in (1, 2)]
+    caches = [[size["memory_bytes"][f"d{r}"]["kv_cache"] for r in range(4)] for size in sizes]
+    assert caches[0] == [12 * TOKEN, 12 * TOKEN, 0, 0]
+    assert caches[1] == [12 * TOKEN, 12 * TOKEN, 14 * TOKEN, 14 * TOKEN]
 
 
 def test_memory_that_does_not_suffice_is_refused() -> None:
@@ -230,6 +242,35 @@ def test_bytes_on_the_links_are_the_bytes_sent(kind: str, mode: str) -> None:
         assert_allclose(parts_s_PR.sum(axis=0), step.duration_s, rtol=1e-12)
 
 
+EVEN = 1.0
+BALANCEDNESS = {
+    # Every token chooses all four experts: each device that can serve the request serves as many pairs as any other.
+    "ep": (EVEN, EVEN),
+    "tp": (EVEN, 0.5),  # one request in decode: its group of two is busy, the other is not
+    "dp": (EVEN, 0.25),
+    "afd": (EVEN, EVEN),
+    "pd": (EVEN, EVEN),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_balancedness_is_over_the_devices_that_can_serve(kind: str) -> None:
+    model = {**MODEL, "moe": {**MODEL["moe"], "topk": 4}}
+    found = []
+    for batch, phase in ((4, "prefill"), (1, "decode")):
+        ratios = size_of(KINDS[kind], model=model, workload={"batch_sizes": [batch]})[phase]["balancedness"]
+        assert ratios["ratio_of_sums"] == ratios["mean_of_ratios"]
+        found.append(ratios["ratio_of_sums"])
+    assert tuple(found) == BALANCEDNESS[kind]
+
+
+def test_devices_without_experts_do_not_count_where_loads_differ() -> None:
+    # Experts 0, 1 on d2 and 2, 3 on d3. One token a step chooses one expert: all of a layer is on one of the two.
+    model = {**MODEL, "moe": {**MODEL["moe"], "topk": 1}}
+    size = size_of(KINDS["afd"], model=model, workload={"batch_sizes": [1]})
+    assert size["decode"]["balancedness"] == {"ratio_of_sums": 0.5, "mean_of_ratios": 0.5}
+
+
 def test_replicas_of_equal_requests_take_the_time_of_one() -> None:
     # Every token chooses all four experts, so that requests differ in nothing.
     model = {**MODEL, "moe": {**MODEL["moe"], "topk": 4}}
@@ -281,6 +322,19 @@ def test_a_dense_model_has_no_experts_in_memory_or_time() -> None:
     assert size["prefill"]["parts_s"]["experts"] == size["prefill"]["parts_s"]["router"] == 0
 
 
+@pytest.mark.parametrize("kind", ["tp", "dp"])
+def test_a_dense_model_routes_nothing(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = simulate(check_scenario(raw(KINDS[kind], model=DENSE)))
+    (size,) = outcome.results["batch_sizes"]
+    assert {share for shares in size["transfer_ratio"].values() for share in shares.values()} == {None}
+    assert size["prefill"]["balancedness"] is size["decode"]["balancedness"] is None
+    assert not any(step.pairs_LR.any() for step in outcome.steps[4])
+    print_in_full(simulation_tables(outcome.results))
+    latency, ratios = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(" 4 ")][:2]
+    assert latency[-2:] == ["-", "-"]
+    assert ratios == ["4", *"--------"]
+
+
 @pytest.mark.parametrize("kind", ["ep", "afd", "pd"])
 def test_a_dense_model_has_no_experts_to_spread(kind: str) -> None:
     message = (
@@ -288,6 +342,28 @@ def test_a_dense_model_has_no_experts_to_spread(kind: str) -> None:
     )
     with pytest.raises(ScenarioError, match=message):
         size_of(KINDS[kind], model=DENSE)
+
+
+# Sizes of tensor parallelism.
+
+
+@pytest.mark.parametrize(
+    ("size", "num_devices", "message"),
+    [
+        # 2 heads, 1 key-value head, experts of 2: the model splits by 1 and 2, six devices by 1, 2, 3 and 6.
+        (3, 6, "3 does not split attention.num_heads 2 of tiny; write one of 1, 2"),
+        (None, 6, "6 does not split attention.num_heads 2 of tiny; write one of 1, 2"),
+        (4, 6, "4 does not divide 6 devices; write one of 1, 2"),
+        (2, 3, "2 does not divide 3 devices; write 1"),
+    ],
+)
+def test_sizes_to_write_divide_devices_and_model(size: int | None, num_devices: int, message: str) -> None:
+    model = {**MODEL, "vocab_size": 12, "dense_ffn_size": 12}
+    with pytest.raises(ScenarioError) as error:
+        size_of({"kind": "tp", "size": size}, num_devices, model=model)
+    assert str(error.value) == f"parallelism.size: {message}"
+    for fit in message.rpartition("of " if "one of" in message else "write ")[2].split(", "):
+        assert size_of({"kind": "tp", "size": int(fit)}, num_devices, model=model)
 
 
 # Scenarios, comparisons and tables.
@@ -331,17 +407,59 @@ def test_a_comparison_has_bytes_and_memory() -> None:
     assert (dp["fullest_device_memory_bytes"], dp["all_devices_memory_bytes"]) == (1248, 4 * 1248)
 
 
-def test_a_comparison_looks_at_all_kinds_before_it_simulates_one() -> None:
-    steps = []
-    axes: dict[str, list[Any]] = {"parallelism.kind": ["ep", "tp"]}
-    with pytest.raises(ScenarioError, match=r'transmission\.dedup: "none" has no meaning under tp'):
-        compare(
-            raw({"kind": "ep"}, transmission={"dedup": "none"}),
-            axes,
-            {"parallelism.kind": "ep"},
-            lambda: steps.append(1),
-        )
+@pytest.mark.parametrize(
+    ("kinds", "changes", "error", "message"),
+    [
+        (
+            "ep tp",
+            {"transmission": {"dedup": "none"}},
+            ScenarioError,
+            r'transmission\.dedup: "none" has no meaning under',
+        ),
+        # At 8 requests twice the KV caches and buffers of above: 1440 bytes under dp, 1568 under tp.
+        (
+            "dp tp",
+            {"cluster": cluster(4, memory="1.5 kB")},
+            CapacityError,
+            r"batch 8 does not fit on d0: .* = 1\.568 kB",
+        ),
+        # Four experts on four devices, then on the three that afd leaves by attention_devices: 1.
+        ("ep afd", {}, PlacementError, "4 experts do not divide over 3 devices"),
+    ],
+)
+def test_a_comparison_looks_at_all_kinds_before_it_simulates_one(
+    kinds: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    steps: list[int] = []
+    values = [{"kind": "afd", "attention_devices": 1} if kind == "afd" else KINDS[kind] for kind in kinds.split()]
+    given = raw(values[0], workload={"batch_sizes": [4, 8]}, **changes)
+    with pytest.raises(error, match=message):
+        compare(given, {"parallelism": values}, {"parallelism": values[0]}, lambda: steps.append(1))
     assert steps == []
+    compare(given, {"parallelism": values[:1]}, {"parallelism": values[0]}, lambda: steps.append(1))
+    assert (
+        len(steps) == 2 * 3
+    )  # the first kind alone is not refused: a prefill and two decode steps for each batch size
+
+
+def test_traces_of_a_comparison_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(*args: Any) -> TraceSource:
+        drawn.append(1)
+        return open_trace(*args)
+
+    monkeypatch.setattr(traces, "open_trace", counted)
+    monkeypatch.setattr(traces, "_kept", {})
+    axes: dict[str, list[Any]] = {"trace.seed": [1, 2, 3], "transmission.dedup": ["none", "device"]}
+    compare(raw({"kind": "ep"}), axes, {"trace.seed": 1, "transmission.dedup": "none"})
+    assert len(drawn) == 3
+    # With two in memory at most, the first is gone when it is simulated, and so on: each is drawn again.
+    drawn.clear()
+    monkeypatch.setattr(traces, "MAX_IDS_KEPT", 0)
+    monkeypatch.setattr(traces, "_kept", {})
+    compare(raw({"kind": "ep"}), axes, {"trace.seed": 1, "transmission.dedup": "none"})
+    assert len(drawn) == 6
 
 
 @pytest.mark.parametrize("kind", ["afd", "pd"])

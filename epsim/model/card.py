@@ -119,14 +119,10 @@ class ModelCard:
 
         Each has 1 / size of the heads, of the width of every FFN and expert, and of the vocabulary. Router, vision
         encoder, the latent of MLA, and key-value heads that are fewer than the devices are on each of them.
-        Raises ScenarioError where something does not divide.
+        Raises ValueError where something does not divide (see `uneven`).
         """
-        if uneven := self._uneven(size):
-            fits = [n for n in range(1, self.attention.num_heads + 1) if not self._uneven(n)]
-            raise ScenarioError(
-                f"parallelism.size: {size} does not split {uneven} of {self.name}; write one of "
-                + ", ".join(map(str, fits))
-            )
+        if uneven := self.uneven(size):
+            raise ValueError(f"{self.name}: {size} devices cannot share {uneven} evenly")
         return replace(
             self,
             attention=self.attention.shard(size),
@@ -135,7 +131,8 @@ class ModelCard:
             vocab_size=self.vocab_size // size,
         )
 
-    def _uneven(self, size: int) -> str | None:
+    def uneven(self, size: int) -> str | None:
+        """Return the field that `size` devices cannot share evenly, with its value; None if there is none."""
         for name in ("vocab_size", "dense_ffn_size"):
             if (getattr(self, name) or 0) % size:
                 return f"{name} {getattr(self, name)}"
