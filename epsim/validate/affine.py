@@ -14,7 +14,7 @@ from epsim.validate.published import Floats, Published
 def affine_report(published: Published) -> dict[str, Any]:
     """Return constants, s, and in percent errors, in sample and with each batch size left out, and mean savings."""
     batch_B = np.array(published.batch_sizes, dtype=np.float64)
-    rows = [_row(method, batch_B, times_B) for method, times_B in published.s12.by_method.items()]
+    rows = [_row(method, batch_B, times_B) for method, times_B in published.s12.items()]
     fitted = {key: _change(*(np.array(row[key]) for row in rows)) for key in ("predicted_s", "left_out_s")}
     return {
         "batch_sizes": list(published.batch_sizes),

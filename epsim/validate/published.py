@@ -1,13 +1,12 @@
-"""The published figures that predictions are held to: `load_published` reads tables S11 and S12 of SMoES.
+"""The published figures that predictions are held to: `load_published` reads table S12 of SMoES.
 
-Table S10 is in `epsim.trace.published`, which draws traces from it.
+Table S10 is in `epsim.trace.published`, which draws traces from it, table S11 in `data/s11.csv`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,56 +15,36 @@ from epsim.scenario.yaml_text import parse_yaml
 
 Floats = npt.NDArray[np.float64]
 PUBLISHED_NAME = "smoes.yaml"
-S11_METHODS = ("baseline", "attention-soft")
 S12_METHODS = ("baseline", "smoes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedTimes:
-    """Times by method, s, [batch sizes], and the paper's own column of their differences, percent."""
-
-    by_method: Mapping[str, Floats]
-    printed_change_percent: Floats
-
-    def change_percent(self) -> Floats:
-        """Return 100 * (method / baseline - 1) from the values, [batch sizes]."""
-        baseline, other = self.by_method.values()
-        change: Floats = 100 * (other / baseline - 1)
-        return change
-
-
-@dataclass(frozen=True, kw_only=True)
 class Published:
-    """Tables S11 and S12 of SMoES.
+    """What SMoES publishes besides tables S10 and S11.
 
     Attributes:
-        s11: by benchmark and metric (`ttft_s`, `tpot_s`): baseline and attention-soft.
-        s12: baseline and SMoES.
+        batch_sizes: of table S12.
+        s12: times by method, s, [batch sizes]: baseline and SMoES.
         s12_mean_change_percent: as printed.
         mismatches: where the paper's figures do not follow from each other, in words.
     """
 
     citation: str
     batch_sizes: tuple[int, ...]
-    s11: Mapping[tuple[str, str], PublishedTimes]
-    s12: PublishedTimes
+    s12: Mapping[str, Floats]
     s12_mean_change_percent: float
     mismatches: tuple[str, ...]
 
 
 def load_published() -> Published:
-    """Return the packaged tables."""
+    """Return the packaged figures."""
     content = parse_yaml(data_text(PUBLISHED_NAME))
+    table = content["table_s12"]
     return Published(
         citation=content["citation"],
         batch_sizes=tuple(content["batch_sizes"]),
-        s11={
-            (benchmark, metric): _times(content["table_s11"][benchmark][metric], S11_METHODS)
-            for benchmark in content["table_s11"]
-            for metric in ("ttft_s", "tpot_s")
-        },
-        s12=_times(content["table_s12"], S12_METHODS),
-        s12_mean_change_percent=content["table_s12"]["printed_mean_change_percent"],
+        s12={method: np.array(table[method], dtype=np.float64) for method in S12_METHODS},
+        s12_mean_change_percent=table["printed_mean_change_percent"],
         mismatches=tuple(content["mismatches"]),
     )
 
@@ -79,10 +58,3 @@ def data_path(name: str) -> Path:
     """Return the path of a packaged data file; epsim is installed unpacked."""
     with as_file(files("epsim.validate") / "data" / name) as path:
         return path
-
-
-def _times(table: Mapping[str, Any], methods: Sequence[str]) -> PublishedTimes:
-    return PublishedTimes(
-        by_method={method: np.array(table[method], dtype=np.float64) for method in methods},
-        printed_change_percent=np.array(table["printed_change_percent"], dtype=np.float64),
-    )
