@@ -352,7 +352,7 @@ def test_the_line_that_the_demo_scenario_offers_can_be_taken_in(tmp_path: Path) 
     text = (ROOT / "scenarios" / "orin-2x-olmoe.yaml").read_text(encoding="utf-8")
     head, offered = text.rstrip().rsplit("\n", 1)
     assert offered.startswith("#  cluster.links[ethernet].bandwidth")
-    (tmp_path / "s.yaml").write_text(f"{head}\n{offered.replace('#', ' ')}\n", encoding="utf-8")
+    (tmp_path / "s.yaml").write_text(f"{head}\n{offered.replace('#', '')}\n", encoding="utf-8")
     assert load_scenario(tmp_path / "s.yaml").cluster.links[0].bandwidth == 25e9 / 8
     assert load_scenario(ROOT / "scenarios" / "orin-2x-olmoe.yaml").cluster.links[0].bandwidth == 9.41e9 / 8
 

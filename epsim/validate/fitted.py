@@ -20,8 +20,8 @@ def influence_sentence(studies: Sequence[Mapping[str, Any]]) -> str:
     if not blind:
         return "Every parameter moves some fitted row of every study."
     return (
-        "Some studies fit rows that say nothing of a parameter (no derivative at the fit): the ridge leaves it where "
-        "the specification has it, and the predicted rows take it from there, not from any measurement. "
+        "Some studies fit rows that say nothing of a parameter (no derivative at the fit): its value comes from where "
+        "the search started and the weak ridge towards the specification, not from any measurement. "
         f"{capital('; '.join(blind))}."
     )
 
