@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from epsim.report.table import new_table
 from epsim.units import format_time
 
 _NAMES = {"specified": "scenario as it is, nothing fitted", "in sample": "all rows fitted (in sample)"}
@@ -29,7 +29,7 @@ def calibration_tables(report: Mapping[str, Any], *, with_cells: bool = False) -
 
 
 def _parameters(parameters: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
+    table = new_table(
         "\nParameters", "field", "fitted", "specified", "bounds", "95 % interval", "determined", "bounds because"
     )
     table.columns[-1].justify = table.columns[-2].justify = "left"
@@ -54,7 +54,7 @@ def _schemes(schemes: Sequence[Mapping[str, Any]], compare: Mapping[str, Any] | 
     if compare:
         title += f"; changes from {compare['column']}={compare['value']} in points"
     rule = [f"| {columns[1]}", *columns[2:]]
-    table = _table(title, "predicted", *columns, *rule)
+    table = new_table(title, "predicted", *columns, *rule)
     for scheme in schemes:
         beside = _errors(scheme["naive"], bool(compare))
         beside[0] = f"| {beside[0]}"
@@ -83,7 +83,7 @@ def _cells(report: Mapping[str, Any]) -> Table:
     names = [scheme["name"] for scheme in report["schemes"]]
     columns = [name for name in rows[0] if name not in ("metric", "measured_s") and ": " not in name]
     headings = [heading for name in names for heading in (_NAMES.get(name, name), "error")]
-    table = _table("\nCells", *(c.rpartition(".")[2] for c in columns), "metric", "measured", *headings)
+    table = new_table("\nCells", *(c.rpartition(".")[2] for c in columns), "metric", "measured", *headings)
     for row in rows:
         predicted = [
             text
@@ -97,12 +97,3 @@ def _cells(report: Mapping[str, Any]) -> Table:
 
 def _time(value: float | None) -> str:
     return "-" if value is None else format_time(value)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
-    return table

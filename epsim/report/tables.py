@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.control import strip_control_codes
 from rich.table import Table
 from rich.text import Text
 
+from epsim.report.table import new_table
 from epsim.units import format_size, format_time
 
 _PART_NAMES = {"dense_ffn": "dense FFN"}
@@ -73,15 +73,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:3])}, .. ({len(names)} devices)"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
-    return table
-
-
 def _latency_table(sizes: list[dict[str, Any]], slo: dict[str, Any]) -> Table:
     """TPOT holds the wait for KV caches after the prefill; goodput is there where limits are."""
     has_limits = any(slo.values())
@@ -94,7 +85,7 @@ def _latency_table(sizes: list[dict[str, Any]], slo: dict[str, Any]) -> Table:
         "output tokens/s",
         *(["goodput/s"] if has_limits else []),
     ]
-    table = _table("\nLatency and throughput (means over requests)", *columns, "balancedness, prefill", "decode")
+    table = new_table("\nLatency and throughput (means over requests)", *columns, "balancedness, prefill", "decode")
     for size in sizes:
         cells = [
             format_time(size["ttft_s"]["mean"]),
@@ -113,7 +104,7 @@ def _balancedness(phase: dict[str, Any] | None) -> str:
 
 
 def _ratio_table(sizes: list[dict[str, Any]]) -> Table:
-    table = _table(
+    table = new_table(
         "\nTransfer ratios in % (V vision, T text): remote (token, expert) pairs, no dedup | remote tokens, dedup",
         "batch", *_RATIO_COLUMNS.values(), *(f"| {name}" for name in _RATIO_COLUMNS.values()),
     )  # fmt: skip
@@ -132,7 +123,7 @@ def _parts_table(sizes: list[dict[str, Any]], phase: str) -> Table:
     unit = "the prefill" if phase == "prefill" else "a decode step"
     title = f"\nWhere {unit} goes (mean over devices; dispatch and combine are what is not hidden)"
     headings = [_PART_NAMES.get(name, name) for name in names]
-    table = _table(title, "batch", "step", *headings, *(["host staging busy"] if staged else []))
+    table = new_table(title, "batch", "step", *headings, *(["host staging busy"] if staged else []))
     for size in present:
         cells = [f"{format_time(size[phase]['parts_s'][name])}" for name in names]
         if staged:
@@ -142,7 +133,7 @@ def _parts_table(sizes: list[dict[str, Any]], phase: str) -> Table:
 
 
 def _network_table(sizes: list[dict[str, Any]]) -> Table:
-    table = _table(
+    table = new_table(
         "\nBusiest links (share of time held, bytes per step)",
         "batch",
         "phase",
@@ -168,7 +159,7 @@ def _network_table(sizes: list[dict[str, Any]]) -> Table:
 
 
 def _memory_table(sizes: list[dict[str, Any]]) -> Table:
-    table = _table(
+    table = new_table(
         "\nMemory of the fullest device",
         "batch",
         "device",
@@ -204,8 +195,8 @@ def comparison_tables(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> Re
     origins = sorted({row["trace_origin"] for row in rows})
     tables: list[RenderableType] = [Text("; ".join(map(_origin, origins)), style="yellow")]
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
-        times = _table(f"\nBatch {batch_size}", *_short(axes), *headings)
-        sizes = _table(
+        times = new_table(f"\nBatch {batch_size}", *_short(axes), *headings)
+        sizes = new_table(
             f"\nBatch {batch_size}: bytes sent between devices in .., memory", *_short(axes), *_RESOURCES.values()
         )
         for row in rows:

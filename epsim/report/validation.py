@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from epsim.report.table import new_table
 
 _METRICS = ("ttft", "tpot")
 
@@ -28,7 +29,7 @@ def validation_tables(report: Mapping[str, Any]) -> RenderableType:
 
 
 def _targets(targets: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("\nTargets", "of", "figure", "at most", "reached", "")
+    table = new_table("\nTargets", "of", "figure", "at most", "reached", "")
     for entry in targets:
         unit = entry["unit"]
         verdict = "met" if entry["met"] else f"missed by {entry['missed_by']:.2f} {unit}"
@@ -38,7 +39,7 @@ def _targets(targets: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _studies(studies: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
+    table = new_table(
         "\nTable S11: mean errors of the simulator | of the naive rule",
         "predicted", "rows fitted", "predicted rows",
         "TTFT", "without outlier", "TPOT", "TTFT speed-up", "TPOT speed-up",
@@ -63,7 +64,7 @@ def _studies(studies: Sequence[Mapping[str, Any]]) -> Table:
 
 def _cells(title: str, cells: Sequence[Mapping[str, Any]]) -> Table:
     heads = [head for metric in _METRICS for head in (f"{metric.upper()} published", "predicted", "error")]
-    table = _table(title, "data set", "method", "batch", *heads)
+    table = new_table(title, "data set", "method", "batch", *heads)
     for cell in cells:
         values = [
             text
@@ -79,7 +80,7 @@ def _cells(title: str, cells: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _parameters(parameters: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
+    table = new_table(
         "\nTable S11: fitted values, all rows",
         "parameter",
         "specification",
@@ -102,7 +103,7 @@ def _parameters(parameters: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _images(images: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
+    table = new_table(
         "\nTable S11: all rows fitted with other numbers of images per MMMU request",
         "images", "prompt tokens", "TTFT", "without outlier", "TPOT", "TTFT speed-up", "TPOT speed-up",
     )  # fmt: skip
@@ -125,7 +126,7 @@ def _ratios(s10: Mapping[str, Any]) -> Table:
         f"\nTable S10, batch {s10['batch_size']}: published / simulated, % "
         f"(mean error {s10['mean_error_points']:.2f} points, largest {s10['max_error_points']:.2f})"
     )
-    table = _table(title, "benchmark", "method", *s10["columns"])
+    table = new_table(title, "benchmark", "method", *s10["columns"])
     for row in s10["rows"]:
         cells = (f"{a:.1f} / {b:.1f}" for a, b in zip(row["published"], row["simulated"], strict=True))
         table.add_row(row["benchmark"], row["method"], *cells)
@@ -137,19 +138,10 @@ def _lines(s12: Mapping[str, Any]) -> Table:
         f"\nTable S12: a + b x batch, two constants per row (mean saving {s12['saving_percent']:.1f} %, published "
         f"{s12['published_saving_percent']:.1f} %)"
     )
-    table = _table(title, "method", "a", "b", *(f"batch {size}" for size in s12["batch_sizes"]))
+    table = new_table(title, "method", "a", "b", *(f"batch {size}" for size in s12["batch_sizes"]))
     for row in s12["rows"]:
         errors = (f"{error:+.1f} %" for error in row["error_percent"])
         table.add_row(row["method"], f"{row['a_s']:.3f} s", f"{row['b_s']:.3f} s", *errors)
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for column in columns:
-        table.add_column(column, no_wrap=True)
     return table
 
 
