@@ -214,7 +214,7 @@ def published(
     json_output: Annotated[bool, typer.Option("--json", help="Print all values instead of tables.")] = False,
 ) -> None:
     """Predictions beside SMoES tables S10, S11 and S12: reproduced, fitted, held out. Takes some minutes."""
-    from epsim.calibrate.profile import write_profile
+    from epsim.calibrate.profile import check_profile_path, write_profile
     from epsim.report.files import check_folder, check_outputs, to_json
     from epsim.report.validation import validation_tables
     from epsim.validate.document import write_document
@@ -225,6 +225,7 @@ def published(
         require_matplotlib()
         check_folder(docs.parent / "images")
     check_outputs({"--docs": docs, "--device": device}, files_read(scenarios))
+    check_profile_path(device)
     report, profile = published_report(scenarios, lambda text: typer.echo(text, err=True))
     if device is not None:
         write_profile(device, profile)

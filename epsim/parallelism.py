@@ -72,7 +72,8 @@ def _require_defaults(spec: ScenarioSpec) -> None:
         for field, value in getattr(spec, section):
             if value != getattr(default, field, None):
                 raise ScenarioError(
-                    f"{section}.{field}: {show(value)} has no meaning under {kind}, where {_WHY[kind]}; leave it out"
+                    f"{section}.{field}: {show(value)} has no meaning under {kind}, where {_WHY[kind]}; leave it "
+                    f'out (on the command line: --set "{section}={{}}")'
                 )
 
 

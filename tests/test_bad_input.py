@@ -195,13 +195,14 @@ VALUES = {
     "parallelism.kind=pd homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under pd, where '
     "tokens live first in the one, then in the other pool; leave it out",
     "parallelism.kind=tp placement.policy=random": 'placement.policy: "random" has no meaning under tp, where every '
-    "device holds a slice of every expert; leave it out",
+    "device holds a slice of every expert; leave it out (on the command line: --set \"placement={}\")",
     "parallelism.kind=tp transmission.mode=async": 'transmission.mode: "async" has no meaning under tp, where every '
-    "device holds a slice of every expert; leave it out",
+    "device holds a slice of every expert; leave it out (on the command line: --set \"transmission={}\")",
     "parallelism.kind=tp transmission.overlap_shared=true": "transmission.overlap_shared: true has no meaning under "
-    "tp, where every device holds a slice of every expert; leave it out",
+    "tp, where every device holds a slice of every expert; leave it out (on the command line: "
+    '--set "transmission={}")',
     "parallelism.kind=dp homes.policy=by_modality": 'homes.policy: "by_modality" has no meaning under dp, where every '
-    "device holds the whole model; leave it out",
+    "device holds the whole model; leave it out (on the command line: --set \"homes={}\")",
     # quantities
     "cluster.links[0].bandwidth=10 GB": 'cluster.links[0].bandwidth: "10 GB" is not a rate; write e.g. "10 Gbit/s"',
     "cluster.links[0].bandwidth=10": 'cluster.links[0].bandwidth: 10 is not a rate; write e.g. "10 Gbit/s"',

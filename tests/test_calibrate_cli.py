@@ -94,6 +94,7 @@ def test_the_report_says_what_is_determined_and_what_is_not(epsim: Run) -> None:
         (("--device", "fit.yaml"), "--device fit.yaml: is read for this"),
         (("--device", "link.yaml"), "--device link.yaml: is read for this"),
         (("--device", "new.yaml", "--csv", "here/new.yaml"), "--csv here/new.yaml: is what --device writes"),
+        (("--device", "other.yaml"), "--device other.yaml: is there already and is no device profile"),
     ],
 )
 def test_no_output_replaces_an_input_or_another_output(
@@ -102,6 +103,7 @@ def test_no_output_replaces_an_input_or_another_output(
     monkeypatch.setattr(command, "calibrate", lambda *arguments: pytest.fail("computed"))
     Path("link.yaml").symlink_to("small.yaml")
     Path("here").symlink_to(".")
+    Path("other.yaml").write_text("name: a cluster\n")
     before = {path: path.read_text() for path in Path().iterdir() if path.is_file()}
     code, _, err = epsim(*ASKED, *arguments)
     assert code == 2
@@ -183,6 +185,7 @@ def test_a_profile_is_a_device_type_that_predicts_the_same(epsim: Run) -> None:
         (("--parameters", "none.yaml"), "none.yaml: cannot be read"),
         (("--scenario", "none.yaml"), "none.yaml: cannot be read"),
         (("--device", "no/where.yaml"), "there is no folder no"),
+        (("--device", "fitted.txt"), "--device fitted.txt: scenarios name profiles by a path that ends in .yaml"),
         (("--device", "fitted.yaml", "--parameters", "cable.yaml"), "--device: no device type is fitted"),
     ],
 )

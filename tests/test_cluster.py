@@ -13,6 +13,7 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from reference.tiny import device_type
 
 import epsim
 from epsim.cluster import Cluster, Link, build_cluster
@@ -447,3 +448,13 @@ def test_of_equally_short_paths_the_widest_is_taken() -> None:
     cluster = build(two_devices(links=links, switches=[{"name": "x"}, {"name": "y"}]))
     assert hops(cluster, 0, 1) == ["a0", "y", "a1"]
     assert hops(cluster, 1, 0) == ["a1", "y", "a0"]
+
+
+def test_a_device_type_without_a_device_is_a_mistake() -> None:
+    spec = {
+        "name": "test", "segment": 10.0, "device_types": {"orin": device_type(), "orni": device_type()},
+        "devices": [{"name": "d0", "node": "n0", "type": "orin", "each": {}}], "nics": [], "switches": [], "links": [],
+    }  # fmt: skip
+    message = r"^cluster\.device_types\.orni: no device is of this type; leave it out, or write one of: orin$"
+    with pytest.raises(ScenarioError, match=message):
+        build_cluster(spec)

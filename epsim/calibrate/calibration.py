@@ -17,7 +17,7 @@ from epsim.calibrate.measured import METRICS, Compare, Floats, MeasuredRow, meas
 from epsim.calibrate.parameters import Parameter
 from epsim.calibrate.predict import Predictor
 from epsim.calibrate.problem import Weights
-from epsim.calibrate.profile import fitted_type, profile_text, set_lines
+from epsim.calibrate.profile import FIRST_WORDS, fitted_type, profile_text, set_lines
 from epsim.calibrate.workers import Workers
 from epsim.scenario.fields import ClusterField
 
@@ -245,7 +245,7 @@ def device_profile(calibration: Calibration, data_name: str, command: str) -> st
 def _header(calibration: Calibration, data_name: str, command: str) -> list[str]:
     described = report(calibration, data_name)
     lines = [
-        f"A device profile fitted to measurements by epsim {__version__}; name it in a cluster's device_types.",
+        f"{FIRST_WORDS} {__version__}; name it in a cluster's device_types.",
         f"command: {command}",
         f"data: {data_name}, {described['num_cells']} measured cells",
         f"search: {described['search']['text']}",

@@ -8,9 +8,11 @@ import yaml
 
 from epsim.atomic import whole_file
 from epsim.calibrate.parameters import Parameter, ParameterError
+from epsim.errors import OutputError
 from epsim.scenario.fields import ClusterField
 
 _TYPES = "device_types"  # below `cluster`
+FIRST_WORDS = "A device profile fitted to measurements by epsim"
 
 
 def fitted_type(parameters: Sequence[Parameter]) -> str:
@@ -42,6 +44,16 @@ def _written(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
         return {name: _written(part, f"{path}.{name}") for name, part in value.items()}
     return value if value is None else ClusterField(path=path).format(value)
+
+
+def check_profile_path(path: Path | None) -> None:
+    """Raise OutputError where a scenario could not name the file, or it would replace what is no profile."""
+    if path is None:
+        return
+    if path.suffix != ".yaml":
+        raise OutputError(f"--device {path}: scenarios name profiles by a path that ends in .yaml; write such a name")
+    if path.exists() and not path.read_bytes().startswith(f"# {FIRST_WORDS}".encode()):
+        raise OutputError(f"--device {path}: is there already and is no device profile; name another file")
 
 
 def write_profile(path: Path, text: str) -> None:

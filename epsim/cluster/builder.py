@@ -93,6 +93,13 @@ def _add_devices(graph: nx.MultiDiGraph, spec: Mapping[str, Any]) -> tuple[Devic
             )
         _add_vertex(graph, names["name"], "device", path)
         devices.append(_device(entry, names, types[type_name]))
+    used = [device.type_name for device in devices]
+    for name in types:
+        if name not in used:
+            raise ScenarioError(
+                f"cluster.device_types.{name}: no device is of this type; leave it out, or write one of: "
+                f"{_one_of(name, sorted(set(used)))}"
+            )
     return tuple(devices)
 
 

@@ -47,7 +47,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("figures need matplotlib; install it with: pip install 'epsim[plot]'") from error
+        raise InputError(
+            "figures need matplotlib; install it with: pip install -e '.[plot]' in epsim's folder"
+        ) from error
 
 
 def _png(figure: Any) -> bytes:
