@@ -421,7 +421,7 @@ def test_the_shipped_document_names_no_other_figures() -> None:
 
 def test_no_matplotlib_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"figures need matplotlib; install it with: pip install 'epsim\[plot\]'"):
+    with pytest.raises(InputError, match=r"figures need matplotlib; install it with: pip install -e '.\[plot\]'"):
         require_matplotlib()
 
 
