@@ -25,14 +25,13 @@ def check_parallelism(spec: ScenarioSpec, model: ModelCard, num_devices: int) ->
             f"model: {model.name} has no MoE layers; write a model with experts, e.g. olmoe, "
             "or parallelism.kind: tp or dp"
         )
-    if isinstance(chosen, TpSpec):
-        _check_size(chosen, model, num_devices)
+    if (size := group_size(chosen, num_devices)) is not None:
+        _check_size(size, model, num_devices)
     if isinstance(chosen, AfdSpec | PdSpec):
         _check_split(spec, num_devices)
 
 
-def _check_size(chosen: TpSpec, model: ModelCard, num_devices: int) -> None:
-    size = chosen.size or num_devices
+def _check_size(size: int, model: ModelCard, num_devices: int) -> None:
     if num_devices % size:
         why = f"does not divide {num_devices} devices"
     elif uneven := model.uneven(size):

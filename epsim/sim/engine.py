@@ -65,9 +65,8 @@ Idle = tuple[Floats, Floats, Floats, Floats]  # [L, R] each: dispatch, combine, 
 def _idle_sync(graph: TaskGraph, start_s_N: Floats, end_s_N: Floats) -> Idle:
     at_LX1 = end_s_N[graph.barriers_LX][:, :, None]
     program_LXR = graph.program_LXR
-    free_LR = np.broadcast_to(at_LX1[:, 0], program_LXR[:, 0].shape)
-    if program_LXR.shape[1] == 3:
-        free_LR = end_s_N[program_LXR[:, 1]]  # after the shared experts, which run while the dispatch travels
+    # What comes before the experts: the barrier, or shared experts that run while the dispatch travels.
+    free_LR = np.maximum(at_LX1[:, 0], end_s_N[program_LXR[:, -2]])
     dispatch_LR = start_s_N[program_LXR[:, -1]] - free_LR
     combine_LR = np.broadcast_to(at_LX1[:, 3] - at_LX1[:, 2], dispatch_LR.shape)
     host_LR = start_s_N[graph.fronts_LR[1:]] - at_LX1[:, 3]
