@@ -33,7 +33,7 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev,trace,plot]'
 	touch $@
 
 clean:

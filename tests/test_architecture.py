@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibrate": {"atomic", "batch", "cluster", "model", "run", "scenario"},
     "validate": {"atomic", "batch", "calibrate", "metrics", "run", "scenario", "trace"},
     "warm_up": {"run", "scenario"},
+    "capture": {"atomic", "model", "scenario", "trace"},
     "__main__": {"cli"},
     "console": set(),
     "cli_calibrate": {"calibrate", "console", "report"},
@@ -56,7 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
 HEAVY_AT_HOME = {
-    "torch": set(),
+    "torch": {"capture"},
+    "transformers": {"capture"},
     "numba": {"trace", "traffic", "sim"},
     "networkx": {"cluster"},
     "simpy": {"sim"},
