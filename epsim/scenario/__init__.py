@@ -3,6 +3,7 @@
 from epsim.scenario.load import (
     apply_override,
     check_scenario,
+    load_model,
     load_raw,
     load_scenario,
     scenario_schema,
@@ -14,6 +15,7 @@ __all__ = [
     "ScenarioSpec",
     "apply_override",
     "check_scenario",
+    "load_model",
     "load_raw",
     "load_scenario",
     "scenario_schema",

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from epsim.errors import ScenarioError
 from epsim.scenario.describe import closest, describe, join, show
+from epsim.scenario.model import ModelSpec
 from epsim.scenario.spec import ScenarioSpec
 from epsim.scenario.yaml_text import parse_yaml
 
@@ -84,6 +85,15 @@ def scenario_schema() -> dict[str, Any]:
     device_types["additionalProperties"] = {"anyOf": [named, device_types["additionalProperties"]]}
     schema["properties"]["overrides"] = {"anyOf": [{"type": "object"}, {"type": "null"}]}
     return schema
+
+
+def load_model(name: str, where: str = "model") -> ModelSpec:
+    """Return the model behind a preset name or a path to a YAML file; `where` is what messages call it."""
+    raw = _load_preset("model", name, where)
+    try:
+        return ModelSpec.model_validate(raw)
+    except ValidationError as error:
+        raise ScenarioError(describe(error, raw)) from error
 
 
 def preset_names(section: str) -> list[str]:
