@@ -102,6 +102,11 @@ class RoutingTrace:
         return len(self.request_id_T)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in (*self.columns().values(), *self.modality_scores.values()))
+
+    @property
     def requests(self) -> RequestTable:
         """The requests and their token counts, by ascending request id."""
         return self._index.requests

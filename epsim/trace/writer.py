@@ -58,6 +58,11 @@ class TraceWriter:
         self._part = self._stack.enter_context(whole_file(self.path))
         return self
 
+    @property
+    def num_pending_bytes(self) -> int:
+        """Bytes of the rows that wait for a batch to be full, or for the end."""
+        return sum(part.num_bytes for part in self._pending)
+
     def write(self, trace: RoutingTrace) -> None:
         """Append the rows of `trace`, whose arrays must not change until the block ends.
 

@@ -1,0 +1,115 @@
+"""Everything that decides on a capture, as numbers and words: `CaptureOptions`, with `RequestSource`. Imports no torch.
+
+The options are kept in the trace (`to_mapping`), so that the run can be repeated from it (`from_mapping`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from epsim.capture.source import ModelSource
+from epsim.errors import InputError, TraceError
+
+SCORES = ("attention", "gaussian", "gmm2", "gmm4")
+FITTED_SCORES = SCORES[1:]  # from statistics of a first pass, or of a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSource:
+    """Where requests come from: `path`, a JSONL file; `builtin`, a set that ships with epsim; or `mock` tokens.
+
+    Attributes:
+        num_requests: of a built-in or mock set; of a file, the first so many, None for all.
+        seed: of a built-in or mock set.
+        text_tokens, images: of each mock request.
+    """
+
+    path: str | None = None
+    builtin: str | None = None
+    mock: bool = False
+    num_requests: int | None = None
+    seed: int = 0
+    text_tokens: int = 128
+    images: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.path is not None) + (self.builtin is not None) + self.mock != 1:
+            raise InputError("--requests, --builtin and --mock: write one of them")
+        _require_at_least(1, self, "num_requests", "text_tokens")
+        _require_at_least(0, self, "seed", "images")
+
+    @property
+    def kind(self) -> Literal["file", "builtin", "mock"]:
+        """Which of the three."""
+        return "mock" if self.mock else "builtin" if self.builtin is not None else "file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """A capture: the model, what it is asked, how it is run and what is recorded beside the router.
+
+    Attributes:
+        max_new_tokens: output tokens of a request that does not say.
+        batch_size: requests that are run together.
+        chunk_size: columns of a prefill that are run at once; None for all.
+        scores: estimators of the soft modality score, of `SCORES`.
+        statistics: files with the fitted statistics of estimators; what has none is fitted in a first pass.
+        num_threads: of torch on the CPU; sums, and so the last bits, depend on it. None: torch's own choice.
+        note: free text for the trace.
+    """
+
+    model: ModelSource
+    requests: RequestSource
+    max_new_tokens: int = 16
+    batch_size: int = 8
+    chunk_size: int | None = None
+    scores: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
+    num_threads: int | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "max_new_tokens", "batch_size", "chunk_size", "num_threads")
+        for name in self.scores:
+            if name not in SCORES:
+                raise InputError(f'--scores: "{name}" is not one; write some of {",".join(SCORES)}, or none')
+        if len(set(self.scores)) < len(self.scores):
+            raise InputError(f"--scores {','.join(self.scores)}: one is there twice; write each once")
+        if self.statistics and not set(self.scores) & set(FITTED_SCORES):
+            raise InputError(
+                f"--statistics {self.statistics[0]}: no score of this run needs it; write --scores gaussian"
+            )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the options as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Return the options that `to_mapping` gave; raises TraceError if they are not such."""
+        try:
+            rest = {name: values[name] for name in (each.name for each in fields(cls))}
+            rest["model"] = ModelSource(**values["model"])
+            rest["requests"] = RequestSource(**values["requests"])
+            rest["scores"], rest["statistics"] = tuple(values["scores"]), tuple(values["statistics"])
+            return cls(**rest)
+        except (KeyError, TypeError) as error:
+            raise TraceError(f"its metadata does not say how it was captured ({error})") from error
+
+    @property
+    def fitted_scores(self) -> tuple[str, ...]:
+        """The estimators that need statistics."""
+        return tuple(name for name in self.scores if name in FITTED_SCORES)
+
+
+def statistics_path(trace_path: Path, score: str) -> Path:
+    """Return where the statistics that were fitted for a trace are saved: t.arrow and gaussian give t.gaussian.safetensors."""
+    return trace_path.with_suffix(f".{score}.safetensors")
+
+
+def _require_at_least(least: int, holder: object, *names: str) -> None:
+    for name in names:
+        value = getattr(holder, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {least} or more")

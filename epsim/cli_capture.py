@@ -1,0 +1,111 @@
+"""`epsim trace` itself: the options of a capture, its progress bar, and what is said at its end."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from epsim.errors import InputError
+
+if TYPE_CHECKING:
+    from epsim.capture.options import CaptureOptions
+
+MODEL, REQUESTS, RUN, RECORD = "Model (one of two)", "Requests (one of three)", "How it runs", "What is recorded"
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def option(help_text: str, panel: str, *names: str, **more: Any) -> Any:
+    """Return a typer option in a panel of the help."""
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, **more)
+
+
+def trace(
+    context: typer.Context,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Trace file to write.")] = None,
+    model: Annotated[str | None, option("Folder or hub name of a checkpoint.", MODEL, metavar="NAME")] = None,
+    random_init: Annotated[
+        str | None, option("Random weights in the shapes of a card: olmoe, deepseekmoe, ...", MODEL, metavar="CARD")
+    ] = None,
+    reduced: Annotated[
+        bool, option("Random weights: narrow, with all layers, experts and top-k.", MODEL, "--reduced")
+    ] = False,
+    text_only: Annotated[bool, option("Random weights: no vision encoder.", MODEL, "--text-only")] = False,
+    revision: Annotated[str | None, option("Branch, tag or commit on the hub.", MODEL)] = None,
+    requests: Annotated[Path | None, option("Prompts, one JSON object per line.", REQUESTS, metavar="FILE")] = None,
+    builtin: Annotated[
+        str | None, option("A set that ships with epsim: mixed, digits, photos, text.", REQUESTS, metavar="SET")
+    ] = None,
+    mock: Annotated[bool, option("Random tokens. Their routing is more skewed than real.", REQUESTS, "--mock")] = False,
+    num_requests: Annotated[int | None, option("How many; default 8, of a file all.", REQUESTS)] = None,
+    max_new_tokens: Annotated[int, option("Output tokens of a request that does not say.", REQUESTS)] = 16,
+    batch_size: Annotated[int, option("Requests that run together.", RUN)] = 8,
+    chunk_size: Annotated[int | None, option("Run a prefill in pieces of so many tokens.", RUN)] = None,
+    dtype: Annotated[str | None, option("bfloat16, float16, float32; default by device.", RUN)] = None,
+    device: Annotated[str, option("auto, cpu, cuda, cuda:1.", RUN)] = "auto",
+    experts_implementation: Annotated[str | None, option("How transformers runs the experts.", RUN)] = None,
+    seed: Annotated[int, option("Of random weights, built-in and mock requests.", RUN)] = 0,
+    threads: Annotated[int | None, option("Of torch on the CPU.", RUN)] = None,
+    scores: Annotated[
+        str, option("attention, gaussian, gmm2, gmm4, comma-separated; all; none.", RECORD, metavar="LIST")
+    ] = "none",
+    statistics: Annotated[
+        list[Path] | None, option("Fitted statistics for gaussian, gmm2, gmm4; repeat.", RECORD, metavar="FILE")
+    ] = None,
+    compress: Annotated[bool, option("Compress the trace with zstd, for shipping.", RECORD, "--compress")] = False,
+    note: Annotated[str, option("Free text for the trace, e.g. machine and date.", RECORD)] = "",
+    repeat: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Run what a captured trace says of itself once more.")
+    ] = None,
+) -> None:
+    """Run a real model and record where every token goes; or look at, check, make and convert routing traces.
+
+    epsim trace --random-init olmoe --reduced --scores attention -o t.arrow
+    """
+    if context.invoked_subcommand is not None:
+        _require_nothing_given(context)
+        return
+    if output is None:
+        raise InputError("trace: no file to write; write e.g. epsim trace --random-init olmoe --reduced -o t.arrow")
+    from epsim.capture.extra import require_trace_extra
+    from epsim.capture.options import SCORES, CaptureOptions, RequestSource
+    from epsim.capture.source import ModelSource
+
+    if repeat is not None:
+        _require_nothing_given(context, "output", "repeat", "compress")
+        require_trace_extra()
+        _run(None, output, repeat, compress)
+        return
+    if requests is None and builtin is None and not mock:
+        builtin = "text" if text_only else "mixed"
+    options = CaptureOptions(
+        model=ModelSource(
+            checkpoint=model,
+            revision=revision,
+            random_init=random_init,
+            reduced=reduced,
+            text_only=text_only,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            experts_implementation=experts_implementation,
+        ),
+        requests=RequestSource(
+            path=None if requests is None else str(requests),
+            builtin=builtin,
+            mock=mock,
+            num_requests=num_requests if requests is not None or num_requests is not None else 8,
+            seed=seed,
+        ),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        chunk_size=chunk_size,
+        scores={"all": SCORES, "none": ()}.get(scores, tuple(scores.split(","))),
+        statistics=tuple(str(path) for path in statistics or ()),
+        num_threads=threads,
+        note=note,
+    )
+    require_trace_extra()
+    _run(options, output, None, compress)

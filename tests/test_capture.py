@@ -1,0 +1,260 @@
+"""Captures of small random models of every backbone: the picks, the rows, the file, and what happens on the way."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference.small_models import BACKBONE_NAMES, TOKENS_PER_IMAGE, small_batch, small_model
+
+from epsim.capture.batches import Batch
+from epsim.capture.capture import capture_batches
+from epsim.capture.forward import run_batch
+from epsim.capture.model import MoeModel
+from epsim.errors import EpsimError, InputError
+from epsim.trace import Modality, Phase, RoutingTrace, TraceMeta, check_trace
+from epsim.trace.file import TraceFile
+
+LENGTHS = (29, 22)
+MAX_NEW_TOKENS = (4, 6)
+
+
+def make_batch(seed: int = 0, *, vlm: bool = True, lengths: tuple[int, ...] = LENGTHS, first_id: int = 0) -> Batch:
+    tensors = small_batch(seed, lengths, vlm)
+    return Batch(
+        request_ids=tuple(range(first_id, first_id + len(lengths))),
+        token_ids_BS=tensors["token_ids_BS"],
+        is_token_BS=tensors["is_token_BS"],
+        is_text_BS=tensors["is_text_BS"],
+        pixel_values=tensors["pixel_values"] if vlm else None,
+        max_new_tokens_B=torch.tensor(MAX_NEW_TOKENS[: len(lengths)]),
+    )
+
+
+def one_of(batch: Batch, row: int) -> Batch:
+    """Return a batch of one request, without padding."""
+    keep = batch.is_token_BS[row]
+    return Batch(
+        request_ids=(batch.request_ids[row],),
+        token_ids_BS=batch.token_ids_BS[row : row + 1, keep],
+        is_token_BS=batch.is_token_BS[row : row + 1, keep],
+        is_text_BS=batch.is_text_BS[row : row + 1, keep],
+        pixel_values=None if batch.pixel_values is None else batch.pixel_values[row : row + 1],
+        max_new_tokens_B=batch.max_new_tokens_B[row : row + 1],
+    )
+
+
+def meta_of(model: MoeModel) -> TraceMeta:
+    shape = model.shape
+    return TraceMeta(
+        layer_ids=shape.layer_ids,
+        num_experts=shape.num_experts,
+        topk=shape.topk,
+        model=model.name,
+        origin="captured",
+        description="a test",
+        mock=True,
+    )
+
+
+def capture(model: MoeModel, batches: list[Batch], path: Path, **options: Any) -> TraceFile:
+    capture_batches(model, batches, path, meta_of(model), **options)
+    trace = TraceFile.open(path)
+    check_trace(trace)
+    return trace
+
+
+class _Gates:
+    """Keeps the logits of every router, in the order of execution: per layer a list of [B·S, E]."""
+
+    def __init__(self, model: MoeModel) -> None:
+        self.logits_by_layer: dict[int, list[np.ndarray]] = {i: [] for i in model.layer_ids}
+        for layer_id in model.layer_ids:
+            model.layers[layer_id].mlp.gate.register_forward_hook(self._hook(layer_id))
+
+    def _hook(self, layer_id: int) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self.logits_by_layer[layer_id].append(output[0].double().numpy())
+
+        return keep
+
+
+def recompute(backbone: str, logits: np.ndarray, bias: np.ndarray | None, topk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return picks [N, K], by descending choice, and gate weights [N, K] from router logits [N, E], in float64.
+
+    OLMoE and DeepSeekMoE: softmax, not normalised; Qwen3-MoE and Mixtral: normalised within the top-k; Moonlight:
+    sigmoid, chosen with the correction bias, weighted without it, normalised, times 2.446.
+    """
+    if backbone == "moonlight":
+        scores = 1 / (1 + np.exp(-logits))
+        choice = scores + bias
+    else:
+        scores = np.exp(logits - logits.max(1, keepdims=True))
+        scores /= scores.sum(1, keepdims=True)
+        choice = scores
+    picks = np.argsort(-choice, axis=1, kind="stable")[:, :topk]
+    weights = np.take_along_axis(scores, picks, 1)
+    if backbone in ("qwen3-moe", "mixtral", "moonlight"):
+        weights /= weights.sum(1, keepdims=True)
+    return picks, weights * (2.446 if backbone == "moonlight" else 1.0)
+
+
+@pytest.mark.parametrize("vlm", [True, False], ids=["vlm", "text"])
+@pytest.mark.parametrize("backbone", BACKBONE_NAMES)
+def test_picks_and_weights_are_those_of_the_router_logits(backbone: str, vlm: bool, tmp_path: Path) -> None:
+    model = small_model(backbone, vlm=vlm)
+    gates = _Gates(model)
+    batch = make_batch(vlm=vlm)
+    trace = capture(model, [batch], tmp_path / "t.arrow")
+    rows = next(iter(trace.batches()))
+    is_token = [batch.is_token_BS.numpy().ravel()]
+    # Both requests decode 3 steps, then only the second, which wants 6 tokens: steps 4 and 5.
+    is_token += [np.array([True, True])] * 3 + [np.array([False, True])] * 2
+    for index, layer_id in enumerate(model.layer_ids):
+        logits = np.concatenate([a[m] for a, m in zip(gates.logits_by_layer[layer_id], is_token, strict=True)])
+        bias = getattr(model.layers[layer_id].mlp.gate, "e_score_correction_bias", None)
+        picks, weights = recompute(backbone, logits, None if bias is None else bias.double().numpy(), trace.meta.topk)
+        order = np.argsort(rows.topk_expert_ids_TLK[:, index], axis=1)
+        reference = np.argsort(picks, axis=1)
+        found = np.take_along_axis(rows.topk_expert_ids_TLK[:, index], order, 1)
+        np.testing.assert_array_equal(found, np.take_along_axis(picks, reference, 1))
+        np.testing.assert_allclose(
+            np.take_along_axis(rows.gate_weights_TLK[:, index].astype(float), order, 1),
+            np.take_along_axis(weights, reference, 1),
+            rtol=1e-3,
+        )
+
+
+def test_rows_say_phase_step_position_and_modality(tmp_path: Path) -> None:
+    model = small_model("olmoe")
+    trace = capture(model, [make_batch()], tmp_path / "t.arrow")
+    table = trace.requests
+    assert table.num_prefill_tokens_Q.tolist() == [29, 22]
+    assert table.num_vision_tokens_Q.tolist() == [TOKENS_PER_IMAGE] * 2
+    assert table.num_decode_tokens_Q.tolist() == [3, 5]  # 4 and 6 output tokens, of which the last is not routed
+    rows = trace.select([1])
+    assert rows.position_T.tolist() == list(range(27))
+    assert rows.step_T.tolist() == [0] * 22 + [1, 2, 3, 4, 5]
+    assert (rows.phase_T == [Phase.PREFILL] * 22 + [Phase.DECODE] * 5).all()
+    vision = rows.modality_T == Modality.VISION
+    assert vision.nonzero()[0].tolist() == list(range(3, 19))
+    assert (rows.token_id_T[vision] == -1).all()
+    assert (rows.token_id_T[:3] == make_batch().token_ids_BS[1, 7:10].numpy()).all()
+    assert (rows.token_id_T[22:] >= 0).all()
+
+
+@pytest.mark.parametrize("backbone", BACKBONE_NAMES)
+def test_chunks_and_batch_sizes_do_not_change_a_request(backbone: str, tmp_path: Path) -> None:
+    model, batch = small_model(backbone), make_batch()
+    whole = capture(model, [batch], tmp_path / "whole.arrow")
+    chunked = capture(model, [batch], tmp_path / "chunked.arrow", chunk_size=8)
+    single = capture(model, [one_of(batch, 0), one_of(batch, 1)], tmp_path / "single.arrow")
+    for other in (chunked, single):
+        assert_same_rows(whole.select([0, 1]), other.select([0, 1]))
+
+
+def assert_same_rows(one: RoutingTrace, other: RoutingTrace) -> None:
+    for name, column in one.columns().items():
+        if name == "gate_weights_TLK":
+            np.testing.assert_allclose(column.astype(float), other.columns()[name].astype(float), rtol=2e-3)
+        else:
+            np.testing.assert_array_equal(column, other.columns()[name], err_msg=name)
+
+
+def test_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    model, batch = small_model("qwen3-moe"), make_batch()
+    trace = capture(model, [batch], tmp_path / "t.arrow")
+    generated = model.module.generate(
+        input_ids=batch.token_ids_BS,
+        attention_mask=batch.is_token_BS.long(),
+        pixel_values=batch.pixel_values,
+        max_new_tokens=6,
+        do_sample=False,
+        suppress_tokens=[model.image_token_id],
+        pad_token_id=0,
+    )
+    assert trace.select([1]).token_id_T[22:].tolist() == generated[1, 29:34].tolist()
+
+
+def test_a_request_ends_with_its_end_of_sequence(tmp_path: Path) -> None:
+    model, batch = small_model("olmoe"), make_batch()
+    ids = capture(model, [batch], tmp_path / "t.arrow").select([1]).token_id_T[22:]
+    trace = capture(model, [batch], tmp_path / "eos.arrow", eos_token_ids={int(ids[2])})
+    first = int(np.flatnonzero(ids == ids[2])[0])
+    assert trace.select([1]).token_id_T[22:].tolist() == ids[:first].tolist()
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.arrow", "b.arrow"):
+        capture(small_model("moonlight"), [make_batch(), make_batch(1, first_id=2)], tmp_path / name, chunk_size=5)
+    assert (tmp_path / "a.arrow").read_bytes() == (tmp_path / "b.arrow").read_bytes()
+
+
+def stop_after(batches: list[Batch], error: BaseException) -> Iterator[Batch]:
+    yield from batches
+    raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("bad image")], ids=["ctrl-c", "image"])
+def test_what_was_done_before_a_stop_is_kept(error: BaseException, tmp_path: Path) -> None:
+    model, path = small_model("olmoe"), tmp_path / "t.arrow"
+    outcome = capture_batches(model, stop_after([make_batch()], error), path, meta_of(model))
+    assert outcome.stopped_by is error
+    assert (outcome.num_requests, outcome.num_tokens) == (2, 29 + 22 + 3 + 5)
+    check_trace(TraceFile.open(path))
+    assert not threading.active_count() > 1
+
+
+def test_a_stop_in_the_middle_of_a_prefill_drops_its_prompts(tmp_path: Path) -> None:
+    model, path = small_model("olmoe"), tmp_path / "t.arrow"
+    columns_run = 0
+
+    def advance(requests: int, tokens: int) -> None:
+        nonlocal columns_run
+        columns_run += tokens
+        if columns_run > 2 * (29 + 5) + 16:  # the first batch, and one chunk of the second
+            raise KeyboardInterrupt
+
+    batches = [make_batch(), make_batch(1, first_id=2)]
+    outcome = capture_batches(model, batches, path, meta_of(model), chunk_size=8, advance=advance)
+    assert isinstance(outcome.stopped_by, KeyboardInterrupt)
+    trace = TraceFile.open(path)
+    check_trace(trace)
+    assert trace.requests.request_id_Q.tolist() == [0, 1]
+
+
+def test_nothing_done_leaves_nothing(tmp_path: Path) -> None:
+    model, path = small_model("olmoe"), tmp_path / "t.arrow"
+    with pytest.raises(KeyboardInterrupt):
+        capture_batches(model, stop_after([], KeyboardInterrupt()), path, meta_of(model))
+    with pytest.raises(InputError, match="no requests"):
+        capture_batches(model, [], path, meta_of(model))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = small_model("olmoe"), tmp_path / "t.arrow"
+    # Beside the reserve of 4 MB room for two batches of 59 rows of 18 + 2 * 3 * 3 = 36 bytes, 2124 a batch; not for three.
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 4_000_000 + 5000}))
+    batches = [make_batch(seed, first_id=2 * seed) for seed in range(4)]
+    outcome = capture_batches(model, batches, path, meta_of(model))
+    assert isinstance(outcome.stopped_by, EpsimError)
+    assert "free on its disk" in str(outcome.stopped_by)
+    trace = TraceFile.open(path)
+    check_trace(trace)
+    assert 0 < trace.num_tokens == outcome.num_tokens < 4 * 59
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = small_model("olmoe")
+    capture(model, [make_batch()], tmp_path / "t.arrow")
+    assert not any(module._forward_pre_hooks for module in model.module.modules())
+
+
+def test_prefill_alone() -> None:
+    passes = list(run_batch(small_model("olmoe"), make_batch(), decode=False, chunk_size=10))
+    assert [tokens.token_ids_BS.shape[1] for tokens in passes] == [10, 10, 9]
+    assert [tokens.ends_prefill for tokens in passes] == [False, False, True]
