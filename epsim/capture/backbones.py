@@ -24,6 +24,7 @@ from epsim.errors import InputError
 from epsim.model import ModelCard
 from epsim.model.attention import GroupedQueryAttention, LatentAttention
 from epsim.model.card import Moe
+from epsim.scenario import load_model as load_card
 
 INITIALIZER_RANGE = 0.02  # at INITIALIZER_WIDTH, the hidden size of the four backbones of SMoES
 INITIALIZER_WIDTH = 2048
@@ -47,13 +48,23 @@ CLIP_REDUCED = CLIP_VIT_L_14_336 | {
 }
 
 
+def backbone_card(backbone: str) -> ModelCard:
+    """Return the model card of a backbone; raises InputError if it is not one of `BACKBONES`."""
+    _check_backbone(backbone)
+    return ModelCard.from_mapping(load_card(backbone).model_dump())
+
+
+def _check_backbone(backbone: str) -> None:
+    if backbone not in BACKBONES:
+        raise InputError(f'"{backbone}" is not a backbone that can be run; write one of {", ".join(BACKBONES)}')
+
+
 def text_config(backbone: str, card: ModelCard) -> PreTrainedConfig:
     """Return the config of the language model of `card`, whose family is that of the preset `backbone`.
 
     Raises InputError for a backbone that is not one of `BACKBONES`.
     """
-    if backbone not in BACKBONES:
-        raise InputError(f'"{backbone}" is not a backbone that can be run; write one of {", ".join(BACKBONES)}')
+    _check_backbone(backbone)
     config: PreTrainedConfig = BACKBONES[backbone](card)
     return config
 

@@ -6,6 +6,7 @@ layers. `register` puts it under the model type of the public checkpoint.
 Source: deepseek-ai/deepseek-moe-16b-base, config.json and modeling_deepseek.py; arXiv:2401.06066.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
     DeepseekOcr2TextPreTrainedModel,
 )
 
+from epsim.errors import InputError
+
 MODEL_TYPE = "deepseek"
+
+# Fields of config.json, and the only value of each that the architecture can express.
+_FIXED = {"norm_topk_prob": False, "moe_layer_freq": 1, "scoring_func": "softmax", "topk_method": "greedy"}
 
 
 class DeepseekConfig(DeepseekOcr2TextConfig):
@@ -67,6 +73,18 @@ class DeepseekForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state), past_key_values=outputs.past_key_values
         )
+
+
+def check_expressible(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if a config.json asks for what `DeepseekModel` does not do; `where` begins the message."""
+    for name, value in _FIXED.items():
+        found = config.get(name)
+        if found is not None and found != value:
+            raise InputError(f"{where}{name}: {found!r} is not what DeepSeekMoE-16B has; only {value!r} can be run")
+    for name in ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"):
+        found = config.get(name)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise InputError(f"{where}{name}: {found!r} is not a count of experts; write 1 or more, as in DeepSeekMoE")
 
 
 def register() -> None:

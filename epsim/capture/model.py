@@ -6,6 +6,7 @@ Shapes: B requests of a batch, S columns (positions, padding on the left), D hid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ class MoeModel:
         module: the whole model: a `...ForCausalLM` or a `LlavaForConditionalGeneration`.
         random_weights: the weights were drawn and not trained.
         source: what is needed to get the same model again; goes into the trace.
+        folder: of the checkpoint on this disk, with its tokenizer; None if the weights were drawn.
     """
 
     name: str
     module: PreTrainedModel
     random_weights: bool
     source: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def is_vlm(self) -> bool:
@@ -108,6 +111,11 @@ class MoeModel:
     def image_token_id(self) -> int | None:
         """The id that stands for an image patch in a prompt; None for a text model."""
         return int(self.module.config.image_token_id) if self.is_vlm else None
+
+    @property
+    def suppressed_token_ids(self) -> tuple[int, ...]:
+        """Ids that greedy decoding must never choose: the image token, which only stands in prompts."""
+        return () if self.image_token_id is None else (self.image_token_id,)
 
     @torch.inference_mode()
     def embed(self, token_ids_BS: Tensor, pixel_values: Tensor | None) -> Tensor:
