@@ -1,0 +1,59 @@
+"""Requests that need no file and no network: `builtin_prompts`.
+
+- `digits`: questions with one right answer about scenes of handwritten digits (`epsim.capture.digits`);
+- `photos`: general questions about parts of photographs (`epsim.capture.photos`);
+- `text`: passages, sums, words and programs, without an image (`epsim.capture.passages`);
+- `mixed`: of every five prompts two digits, two photos and one text.
+"""
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from epsim.capture.digits import digit_prompt
+from epsim.capture.passages import text_prompt
+from epsim.capture.photos import photo_prompt
+from epsim.capture.requests import Prompt, PromptSet, RequestError
+
+BUILTIN_KINDS = ("mixed", "digits", "photos", "text")
+DEFAULT_KIND = "mixed"
+_MIXED = ("photos", "digits", "photos", "digits", "text")
+_LIBRARIES = ("numpy", "pillow", "scikit-image", "scikit-learn")
+_MAKERS: dict[str, Callable[[np.random.Generator, str], Prompt]] = {
+    "digits": digit_prompt,
+    "photos": photo_prompt,
+    "text": text_prompt,
+}
+
+
+def builtin_prompts(kind: str, num: int, seed: int) -> PromptSet:
+    """Return `num` prompts of a kind; the same for the same arguments, and the first of any larger number.
+
+    Images are drawn or read when they are opened. Raises RequestError for an unknown kind, and for a number or a seed
+    that is out of range; ImageError if a library lacks its pictures.
+    """
+    if kind not in BUILTIN_KINDS:
+        near = difflib.get_close_matches(kind, BUILTIN_KINDS, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"write one of {', '.join(BUILTIN_KINDS)}"
+        raise RequestError(f'"{kind}" is not a kind of built-in prompts; {hint}')
+    check_num_and_seed(num, seed)
+    source: dict[str, Any] = {"source": "builtin", "kind": kind, "seed": seed}
+    source["libraries"] = {library: version(library) for library in _LIBRARIES}
+    return PromptSet(prompts=tuple(_prompt(kind, index, seed) for index in range(num)), source=source)
+
+
+def check_num_and_seed(num: int, seed: int) -> None:
+    """Raise RequestError unless `num` is at least 1 and `seed` at least 0."""
+    if num < 1:
+        raise RequestError(f"number of requests: {num} must be 1 or more")
+    if seed < 0:
+        raise RequestError(f"seed: {seed} must be 0 or more")
+
+
+def _prompt(kind: str, index: int, seed: int) -> Prompt:
+    part = _MIXED[index % len(_MIXED)] if kind == "mixed" else kind
+    rng = np.random.default_rng([seed, BUILTIN_KINDS.index(part), index])
+    return _MAKERS[part](rng, f"built-in {part} {index}")
