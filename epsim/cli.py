@@ -11,6 +11,7 @@ import typer
 
 from epsim import __version__
 from epsim.cli_calibrate import calibrate
+from epsim.cli_capture import trace
 from epsim.console import print_in_full, progress
 from epsim.errors import EpsimError, InputError
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 scenario_app = typer.Typer(name="scenario", help="Look at scenarios.", no_args_is_help=True)
-trace_app = typer.Typer(name="trace", help="Look at, check, make and convert routing traces.", no_args_is_help=True)
+trace_app = typer.Typer(name="trace", no_args_is_help=True)
 validate_app = typer.Typer(name="validate", help="Hold predictions to published measurements.", no_args_is_help=True)
 app.add_typer(scenario_app)
 app.add_typer(trace_app)
@@ -121,6 +122,7 @@ def compare(
 
 
 app.command()(calibrate)
+trace_app.callback(invoke_without_command=True)(trace)
 
 
 @scenario_app.command()

@@ -4,14 +4,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
+from epsim.console import count_requests
 from epsim.errors import InputError
-
-if TYPE_CHECKING:
-    from epsim.capture.options import CaptureOptions
 
 MODEL, REQUESTS, RUN, RECORD = "Model (one of two)", "Requests (one of three)", "How it runs", "What is recorded"
 INTERRUPTED = 128 + signal.SIGINT
@@ -40,6 +39,8 @@ def trace(
     ] = None,
     mock: Annotated[bool, option("Random tokens. Their routing is more skewed than real.", REQUESTS, "--mock")] = False,
     num_requests: Annotated[int | None, option("How many; default 8, of a file all.", REQUESTS)] = None,
+    text_tokens: Annotated[int, option("Of a mock request.", REQUESTS)] = 128,
+    images: Annotated[int, option("Of a mock request.", REQUESTS)] = 1,
     max_new_tokens: Annotated[int, option("Output tokens of a request that does not say.", REQUESTS)] = 16,
     batch_size: Annotated[int, option("Requests that run together.", RUN)] = 8,
     chunk_size: Annotated[int | None, option("Run a prefill in pieces of so many tokens.", RUN)] = None,
@@ -70,14 +71,15 @@ def trace(
     if output is None:
         raise InputError("trace: no file to write; write e.g. epsim trace --random-init olmoe --reduced -o t.arrow")
     from epsim.capture.extra import require_trace_extra
-    from epsim.capture.options import SCORES, CaptureOptions, RequestSource
-    from epsim.capture.source import ModelSource
 
     if repeat is not None:
         _require_nothing_given(context, "output", "repeat", "compress")
         require_trace_extra()
-        _run(None, output, repeat, compress)
+        _say_and_exit(output, _repeated(repeat, output, compress))
         return
+    from epsim.capture.options import SCORES, CaptureOptions, RequestSource
+    from epsim.capture.source import ModelSource
+
     if requests is None and builtin is None and not mock:
         builtin = "text" if text_only else "mixed"
     options = CaptureOptions(
@@ -98,6 +100,8 @@ def trace(
             mock=mock,
             num_requests=num_requests if requests is not None or num_requests is not None else 8,
             seed=seed,
+            text_tokens=text_tokens,
+            images=images,
         ),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -108,4 +112,42 @@ def trace(
         note=note,
     )
     require_trace_extra()
-    _run(options, output, None, compress)
+    _say_and_exit(output, _captured(options, output, compress))
+
+
+def _captured(options: Any, output: Path, compress: bool) -> Any:
+    from epsim.capture.command import capture_trace
+
+    return capture_trace(options, output, count=count_requests, compression="zstd" if compress else None)
+
+
+def _repeated(source: Path, output: Path, compress: bool) -> Any:
+    from epsim.capture.command import repeat_trace
+
+    if source.resolve() == output.resolve():
+        raise InputError(f"{output}: is the trace that is repeated; name another file with -o")
+    return repeat_trace(source, output, count=count_requests, compression="zstd" if compress else None, warn=_warn)
+
+
+def _warn(line: str) -> None:
+    typer.echo(f"epsim: {line}", err=True)
+
+
+def _say_and_exit(output: Path, outcome: Any) -> None:
+    """Say what the trace holds; if something ended the capture early, what, and exit with a code that tells."""
+    held = f"{outcome.num_requests} requests, {outcome.num_tokens} tokens"
+    if outcome.stopped_by is None:
+        typer.echo(f"wrote {output}: {held}", err=True)
+        return
+    interrupted = isinstance(outcome.stopped_by, KeyboardInterrupt)
+    what = "interrupted" if interrupted else " ".join(str(outcome.stopped_by).splitlines())
+    typer.echo(f"epsim: {what}; {output} holds what was done by then: {held}", err=True)
+    raise typer.Exit(INTERRUPTED if interrupted else 2)
+
+
+def _require_nothing_given(context: typer.Context, *allowed: str) -> None:
+    """Raise InputError if another option than the allowed ones is on the command line."""
+    for name in context.params:
+        if name not in allowed and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            what = f"trace {context.invoked_subcommand}" if context.invoked_subcommand else "--repeat"
+            raise InputError(f"--{name.replace('_', '-')}: is of a new capture and not of {what}; leave it out")

@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "console": set(),
     "cli_calibrate": {"calibrate", "console", "report"},
+    "cli_capture": {"capture", "console"},
     "cli": {
         "run",
         "compare",
@@ -53,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "validate",
         "console",
         "cli_calibrate",
+        "cli_capture",
     },
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
@@ -64,7 +66,7 @@ HEAVY_AT_HOME = {
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},
     "pydantic": {"scenario", "calibrate"},
-    "typer": {"cli", "cli_calibrate", "console"},
+    "typer": {"cli", "cli_calibrate", "cli_capture", "console"},
     "rich": {"console", "report"},
     "matplotlib": {"validate"},
 }

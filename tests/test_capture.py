@@ -25,11 +25,12 @@ MAX_NEW_TOKENS = (4, 6)
 def make_batch(seed: int = 0, *, vlm: bool = True, lengths: tuple[int, ...] = LENGTHS, first_id: int = 0) -> Batch:
     tensors = small_batch(seed, lengths, vlm)
     return Batch(
-        request_ids=tuple(range(first_id, first_id + len(lengths))),
+        request_ids_B=np.arange(first_id, first_id + len(lengths), dtype=np.int32),
         token_ids_BS=tensors["token_ids_BS"],
         is_token_BS=tensors["is_token_BS"],
         is_text_BS=tensors["is_text_BS"],
         pixel_values=tensors["pixel_values"] if vlm else None,
+        num_prompt_tokens_B=torch.tensor(lengths),
         max_new_tokens_B=torch.tensor(MAX_NEW_TOKENS[: len(lengths)]),
     )
 
@@ -38,11 +39,12 @@ def one_of(batch: Batch, row: int) -> Batch:
     """Return a batch of one request, without padding."""
     keep = batch.is_token_BS[row]
     return Batch(
-        request_ids=(batch.request_ids[row],),
+        request_ids_B=batch.request_ids_B[row : row + 1],
         token_ids_BS=batch.token_ids_BS[row : row + 1, keep],
         is_token_BS=batch.is_token_BS[row : row + 1, keep],
         is_text_BS=batch.is_text_BS[row : row + 1, keep],
         pixel_values=None if batch.pixel_values is None else batch.pixel_values[row : row + 1],
+        num_prompt_tokens_B=batch.num_prompt_tokens_B[row : row + 1],
         max_new_tokens_B=batch.max_new_tokens_B[row : row + 1],
     )
 
@@ -237,7 +239,7 @@ def test_nothing_done_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = small_model("olmoe"), tmp_path / "t.arrow"
-    # Beside the reserve of 4 MB room for two batches of 59 rows of 18 + 2 * 3 * 3 = 36 bytes, 2124 a batch; not for three.
+    # Beside the reserve of 4 MB there is room for two batches of 59 rows of 18 + 2 * 3 * 3 = 36 bytes, not for three.
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 4_000_000 + 5000}))
     batches = [make_batch(seed, first_id=2 * seed) for seed in range(4)]
     outcome = capture_batches(model, batches, path, meta_of(model))

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +99,7 @@ class _Recording:
         for tokens in passes:
             stream.put(self._record(batch, tokens))
             advance(0, tokens.token_ids_BS.numel())
-        advance(len(batch.request_ids), 0)
+        advance(len(batch.request_ids_B), 0)
 
     def _record(self, batch: Batch, tokens: PassTokens) -> PassRecord:
         picks_LBSK, weights_LBSK = self._recorder.picks()
@@ -115,7 +114,7 @@ class _Recording:
         }
         arrays |= {f"score_{each.name}": each.scores_BSL().half() for each in self._estimators}
         return PassRecord(
-            request_ids_B=np.asarray(batch.request_ids, np.int32),
+            request_ids_B=batch.request_ids_B,
             phase=forward_pass.phase,
             step=forward_pass.step,
             ends_prefill=tokens.ends_prefill,

@@ -1,35 +1,132 @@
-"""The whole of `epsim trace`: from `CaptureOptions` to a trace file, `capture_trace`; once more, `repeat_options`.
+"""The whole of `epsim trace`: from `CaptureOptions` to a trace file, `capture_trace`."""
 
-Progress is told to a `Reporter`.
-"""
-
-import json
-import platform
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-import transformers
 
-from epsim import __version__
-from epsim.capture.batches import Batch
+from epsim.capture.batches import batches
 from epsim.capture.capture import Advance, CaptureOutcome, capture_batches
+from epsim.capture.forward import run_batch
+from epsim.capture.gaussian_statistics import GaussianStatistics
 from epsim.capture.load import load_model
 from epsim.capture.model import MoeModel
 from epsim.capture.options import CaptureOptions, statistics_path
-from epsim.errors import TraceError
-from epsim.trace.file import TraceFile
+from epsim.capture.processor import load_processor
+from epsim.capture.provenance import make_meta, options_of_trace, require_same_run
+from epsim.capture.scores import COMPONENTS, make_fit, make_score
+from epsim.capture.statistics_file import load_statistics, save_statistics
+from epsim.capture.workload import Workload, make_workload
+from epsim.errors import InputError
 from epsim.trace.meta import TraceMeta
 from epsim.trace.writer import Compression
 
+CountRequests = Callable[[str, int], AbstractContextManager[Advance]]  # a label and how many: a progress bar
 
-class Reporter(Protocol):
-    """Who is told how far a capture is."""
 
-    def say(self, line: str) -> None:
-        """Take one line, e.g. that the model is loaded."""
+def capture_trace(
+    options: CaptureOptions, path: Path, *, count: CountRequests, compression: Compression = None
+) -> CaptureOutcome:
+    """Load the model, run the requests and write their routing to `path`.
 
-    def count(self, label: str, num_requests: int) -> Advance:
-        """Start counting requests and tokens of a pass over all requests."""
+    Statistics of Gaussian scores that no file gives are fitted in a first pass over the same prompts, and saved beside
+    the trace (`statistics_path`).
+
+    Args:
+        count: called with a label and the number of requests at the start of each pass over them.
+    """
+    return _capture(options, path, count, compression, lambda meta: None)
+
+
+def repeat_trace(
+    source: Path,
+    path: Path,
+    *,
+    count: CountRequests,
+    compression: Compression = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> CaptureOutcome:
+    """Run once more what the trace `source` says of itself, to `path`: the same bytes on the same machine.
+
+    Raises InputError if the model or the requests are not the same any more; tells `warn` of another device or library.
+    """
+    options, meta = options_of_trace(source)
+    return _capture(options, path, count, compression, lambda now: require_same_run(source, now, meta, warn))
+
+
+def _capture(
+    options: CaptureOptions,
+    path: Path,
+    count: CountRequests,
+    compression: Compression,
+    check: Callable[[TraceMeta], None],
+) -> CaptureOutcome:
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    given = _given_statistics(options)
+    model = load_model(options.model)
+    processor = load_processor(model)
+    workload = make_workload(options, model, processor)
+    meta = make_meta(options, model, processor, workload)
+    check(meta)
+    missing = [name for name in options.fitted_scores if name not in given]
+    fitted = _fit(options, model, workload, missing, count) if missing else {}
+    for name, statistics in fitted.items():
+        save_statistics(statistics, statistics_path(path, name))
+    scores = [make_score(name, (given | fitted).get(name)) for name in options.scores]
+    with count("tracing", workload.num) as advance:
+        return capture_batches(
+            model,
+            batches(workload.encoded(), options.batch_size),
+            path,
+            meta,
+            estimators=scores,
+            chunk_size=options.chunk_size,
+            eos_token_ids=processor.eos_token_ids,
+            compression=compression,
+            advance=advance,
+        )
+
+
+def _given_statistics(options: CaptureOptions) -> dict[str, GaussianStatistics]:
+    """Return the statistics of the files, by the score that they are for."""
+    by_components = {num: name for name, num in COMPONENTS.items()}
+    found: dict[str, GaussianStatistics] = {}
+    for file in options.statistics:
+        statistics = load_statistics(file)
+        name = by_components.get(statistics.num_components, "")
+        if name not in options.scores or name in found:
+            raise InputError(
+                f"--statistics {file}: is for the score {name or statistics.num_components}, which this run "
+                f"{'has statistics for already' if name in found else 'does not record'}; leave it out"
+            )
+        found[name] = statistics
+    return found
+
+
+def _fit(
+    options: CaptureOptions, model: MoeModel, workload: Workload, names: Sequence[str], count: CountRequests
+) -> dict[str, GaussianStatistics]:
+    """Return the statistics of the prompts for these scores, from one pass over all prefills."""
+    if not workload.num_images:
+        raise InputError(
+            f"--scores {','.join(names)}: no request has an image to tell vision from text; give images, or "
+            "--statistics of a run that had some"
+        )
+    fits = [make_fit(name, seed=options.model.seed) for name in names]
+    try:
+        for fit in fits:
+            fit.attach(model)
+        with count("fitting " + ", ".join(names), workload.num) as advance:
+            for batch in batches(workload.encoded(), options.batch_size):
+                chunks = run_batch(
+                    model, batch.to(model.device), watchers=fits, chunk_size=options.chunk_size, decode=False
+                )
+                for chunk in chunks:
+                    advance(0, chunk.token_ids_BS.numel())
+                advance(len(batch.request_ids_B), 0)
+        return {name: fit.statistics for name, fit in zip(names, fits, strict=True)}
+    finally:
+        for fit in fits:
+            fit.detach()

@@ -104,7 +104,7 @@ class CaptureOptions:
 
 
 def statistics_path(trace_path: Path, score: str) -> Path:
-    """Return where the statistics that were fitted for a trace are saved: t.arrow and gaussian give t.gaussian.safetensors."""
+    """Return where statistics that are fitted for a trace are saved: t.gaussian.safetensors beside t.arrow."""
     return trace_path.with_suffix(f".{score}.safetensors")
 
 

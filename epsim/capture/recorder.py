@@ -56,7 +56,8 @@ class RouterRecorder:
         assert self._weights_LNK is not None
         if self._num_layers_seen != self._shape.num_layers:
             raise RuntimeError(f"{self._num_layers_seen} of {self._shape.num_layers} MoE layers ran")
-        return self._ids_LNK.unflatten(1, self._size), self._weights_LNK.unflatten(1, self._size)
+        size = (self._shape.num_layers, *self._size, self._shape.topk)
+        return self._ids_LNK.view(size), self._weights_LNK.view(size)
 
     def _hook(self, index: int) -> Any:
         def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

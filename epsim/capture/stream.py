@@ -95,14 +95,14 @@ class TraceStream:
         if device.type != "cuda":
             return _OnItsWay(record, dict(record.arrays), None, None)
         if self._copy_stream is None:
-            self._copy_stream = torch.cuda.Stream(device)
+            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copy_stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._copy_stream):
             slot, on_host = self._buffers.take(record.arrays)
             for name, tensor in record.arrays.items():
                 on_host[name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._copy_stream)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._copy_stream)
         return _OnItsWay(record, on_host, copied, slot)
 
@@ -200,4 +200,3 @@ def _rows(tensor_LBSK: Tensor, is_token_BS: NDArray[np.bool_], dtype: np.dtype[A
     """Return [T, L, K] of [L, B, S, K]."""
     rows_LTK = tensor_LBSK.numpy()[:, is_token_BS]
     return np.ascontiguousarray(rows_LTK.transpose(1, 0, 2), dtype=dtype)
-

@@ -1,0 +1,99 @@
+"""What a captured trace says of itself, and how the run is found in it again: `make_meta`, `options_of_trace`.
+
+The description in the metadata is a JSON object: some words, and under "run" all that a repetition needs.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from epsim import __version__
+from epsim.capture.model import MoeModel
+from epsim.capture.options import CaptureOptions
+from epsim.capture.processor import Processor
+from epsim.capture.workload import Workload
+from epsim.errors import InputError, TraceError
+from epsim.trace.file import TraceFile
+from epsim.trace.meta import TraceMeta
+
+RUN = "run"
+CIRCUMSTANCES = ("device", "torch", "transformers")  # of run.model: may change the last bits, and so a close pick
+
+
+def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, workload: Workload) -> TraceMeta:
+    """Return the trace's metadata: its description says in words what ran, and under "run" how to run it again."""
+    how = model.source
+    weights = f"random, seed {options.model.seed}" if model.random_weights else options.model.checkpoint
+    description = {
+        "weights": weights,
+        "requests": workload.words,
+        "ran on": f"{how['device']} in {how['dtype']}",
+        **({"note": options.note} if options.note else {}),
+        RUN: {
+            "options": options.to_mapping(),
+            "model": dict(how),
+            "processor": processor.origin,
+            "requests": workload.provenance,
+            "statistics_sha256": [_sha256(Path(file)) for file in options.statistics],
+            "num_threads": torch.get_num_threads(),
+        },
+    }
+    shape = model.shape
+    return TraceMeta(
+        layer_ids=shape.layer_ids,
+        num_experts=shape.num_experts,
+        topk=shape.topk,
+        model=model.name,
+        origin="captured",
+        description=json.dumps(description, sort_keys=False),
+        seed=options.model.seed,
+        software=f"epsim {__version__}, torch {how['torch']}, transformers {how['transformers']}",
+        mock=model.random_weights or options.requests.mock,
+    )
+
+
+def options_of_trace(path: Path) -> tuple[CaptureOptions, TraceMeta]:
+    """Return the options with which a trace was captured, and its metadata.
+
+    Raises TraceError if it was not captured.
+    """
+    meta = TraceFile.open(path).meta
+    try:
+        run = json.loads(meta.description)[RUN] if meta.origin == "captured" else None
+    except (ValueError, KeyError, TypeError):
+        run = None
+    if run is None:
+        raise TraceError(f"{path}: was not captured by epsim trace; there is nothing to repeat")
+    try:
+        return CaptureOptions.from_mapping(run["options"]), meta
+    except (KeyError, TraceError) as error:
+        raise TraceError(f"{path}: its metadata does not say how it was captured ({error})") from error
+
+
+def require_same_run(path: Path, meta: TraceMeta, repeated: TraceMeta, warn: Callable[[str], None]) -> None:
+    """Raise InputError unless `meta` runs what `repeated`, the metadata of `path`, did; tell `warn` what may differ.
+
+    Another model or other requests are an error; another device, library or number of threads may change last bits.
+    """
+    now, then = json.loads(meta.description)[RUN], json.loads(repeated.description)[RUN]
+    circumstances = [(name, then["model"].pop(name, None), now["model"].pop(name, None)) for name in CIRCUMSTANCES]
+    circumstances.append(("threads", then.pop("num_threads", None), now.pop("num_threads", None)))
+    changed = [key for key in now if now[key] != then.get(key)]
+    if changed:
+        raise InputError(
+            f"{path}: cannot be repeated, its {' and '.join(changed)} changed since: now "
+            + json.dumps({key: now[key] for key in changed})
+        )
+    for name, old, new in circumstances:
+        if old != new:
+            warn(f"{path} was captured with {name} {old}, this run has {new}: bytes may differ")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
