@@ -32,7 +32,8 @@ def figure_style(**changes: Any) -> Iterator[None]:
 
     matplotlib.use("Agg")
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    with matplotlib.rc_context({**style, **changes}):
+    style.update(changes)
+    with matplotlib.rc_context(style):
         yield
 
 

@@ -55,7 +55,7 @@ def notes(stats: Stats) -> Iterator[str]:
             "to every expert's share."
         )
     if trace["num_weightless_visits"]:
-        yield f"Left out of the MRD: {trace['num_weightless_visits']} (token, layer) visits whose gate weights are all 0."
+        yield f"Not in the MRD: {trace['num_weightless_visits']} (token, layer) visits whose gate weights are all 0."
     if overall["num_idle_experts"]:
         in_msi = "; in the MSI they count as 0" if has_both else ""
         yield f"Experts that no token chose: {overall['num_idle_experts']} over all layers{in_msi}."
