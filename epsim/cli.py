@@ -11,7 +11,7 @@ import typer
 
 from epsim import __version__
 from epsim.cli_calibrate import calibrate
-from epsim.cli_capture import trace
+from epsim.cli_trace import Overrides, ScenarioPath, trace_app
 from epsim.console import print_in_full, progress
 from epsim.errors import EpsimError, InputError
 
@@ -24,18 +24,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 scenario_app = typer.Typer(name="scenario", help="Look at scenarios.", no_args_is_help=True)
-trace_app = typer.Typer(name="trace", no_args_is_help=True)
 validate_app = typer.Typer(name="validate", help="Hold predictions to published measurements.", no_args_is_help=True)
 app.add_typer(scenario_app)
 app.add_typer(trace_app)
 app.add_typer(validate_app)
-
-ScenarioPath = Annotated[Path, typer.Argument(help="Scenario file (YAML).", metavar="SCENARIO", readable=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change a field, e.g. cluster.links[0].bandwidth='25 Gbit/s'."),
-]
-TracePath = Annotated[Path, typer.Argument(help="Routing trace (Arrow IPC).", metavar="FILE", readable=False)]
 
 
 def _version(show: bool) -> None:
@@ -122,7 +114,6 @@ def compare(
 
 
 app.command()(calibrate)
-trace_app.callback(invoke_without_command=True)(trace)
 
 
 @scenario_app.command()
@@ -147,63 +138,6 @@ def show(scenario: ScenarioPath, overrides: Overrides = None) -> None:
     typer.echo(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), nl=False)
 
 
-@trace_app.command()
-def info(path: TracePath) -> None:
-    """Print what a trace holds and where it comes from."""
-    from epsim.report.tables import trace_table
-    from epsim.trace.file import TraceFile
-    from epsim.trace.info import summarise
-
-    print_in_full(trace_table(summarise(TraceFile.open(path))))
-
-
-@trace_app.command()
-def check(path: TracePath) -> None:
-    """Check every invariant of a trace; the first bad row is named."""
-    from epsim.trace import check_trace
-    from epsim.trace.file import TraceFile
-
-    trace = TraceFile.open(path)
-    check_trace(trace)
-    typer.echo(f"{path}: {trace.num_tokens} tokens, every invariant holds")
-
-
-@trace_app.command()
-def export(
-    path: TracePath,
-    parquet: Annotated[bool, typer.Option("--parquet", help="As Parquet: a row per token and layer, for SQL.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: beside the trace, as *.parquet.")
-    ] = None,
-) -> None:
-    """Export a trace for other tools."""
-    from epsim.trace.file import TraceFile
-    from epsim.trace.parquet import export_parquet
-
-    if not parquet:
-        raise InputError("trace export: no format given; write --parquet")
-    target = output or path.with_suffix(".parquet")
-    if target.resolve() == path.resolve():
-        raise InputError(f"{path}: would be replaced by its own export; name another file with -o")
-    export_parquet(TraceFile.open(path), target)
-    typer.echo(f"wrote {target}", err=True)
-
-
-@trace_app.command()
-def make(
-    scenario: ScenarioPath,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Trace file to write.")],
-    overrides: Overrides = None,
-    compress: Annotated[bool, typer.Option("--compress", help="Compress with zstd, for shipping.")] = False,
-) -> None:
-    """Write the trace that a scenario draws or names to a file."""
-    from epsim.scenario import load_scenario
-    from epsim.traces import write_trace
-
-    write_trace(load_scenario(scenario, overrides or ()), output, compress=compress)
-    typer.echo(f"wrote {output}", err=True)
-
-
 @validate_app.command()
 def published(
     docs: Annotated[
@@ -217,10 +151,10 @@ def published(
 ) -> None:
     """Predictions beside SMoES tables S10, S11 and S12: reproduced, fitted, held out. Takes some minutes."""
     from epsim.calibrate.profile import check_profile_path, write_profile
+    from epsim.report.figure import require_matplotlib
     from epsim.report.files import check_folder, check_outputs, to_json
     from epsim.report.validation import validation_tables
     from epsim.validate.document import write_document
-    from epsim.validate.figures import require_matplotlib
     from epsim.validate.report import files_read, published_report
 
     if docs is not None:

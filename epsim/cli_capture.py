@@ -1,13 +1,10 @@
 """`epsim trace` itself: the options of a capture, its progress bar, and what is said at its end."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 from epsim.console import count_requests
 from epsim.errors import InputError
@@ -148,6 +145,7 @@ def _say_and_exit(output: Path, outcome: Any) -> None:
 def _require_nothing_given(context: typer.Context, *allowed: str) -> None:
     """Raise InputError if another option than the allowed ones is on the command line."""
     for name in context.params:
-        if name not in allowed and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(name)
+        if name not in allowed and source is not None and source.name == "COMMANDLINE":
             what = f"trace {context.invoked_subcommand}" if context.invoked_subcommand else "--repeat"
             raise InputError(f"--{name.replace('_', '-')}: is of a new capture and not of {what}; leave it out")

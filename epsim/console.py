@@ -1,4 +1,6 @@
-"""What commands write to a terminal: tables in full (`print_in_full`), and bars: of steps (`progress`), of requests (`count_requests`)."""
+"""What commands write to a terminal: tables in full, `print_in_full`; bars of steps and requests, `progress`,
+`count_requests`.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -36,25 +36,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": PARTS | {"traces"},
     "compare": {"run", "scenario"},
     "calibrate": {"atomic", "batch", "cluster", "model", "run", "scenario"},
-    "validate": {"atomic", "batch", "calibrate", "metrics", "run", "scenario", "trace"},
+    "validate": {"atomic", "batch", "calibrate", "metrics", "report", "run", "scenario", "trace"},
+    "trace_stats": {"metrics", "placement", "trace", "traffic"},
     "warm_up": {"run", "scenario"},
     "capture": {"atomic", "model", "scenario", "trace"},
     "__main__": {"cli"},
     "console": set(),
     "cli_calibrate": {"calibrate", "console", "report"},
     "cli_capture": {"capture", "console"},
+    "cli_trace": {"cli_capture", "console", "report", "scenario", "trace", "trace_stats", "traces"},
     "cli": {
         "run",
         "compare",
         "scenario",
         "report",
-        "trace",
-        "traces",
         "calibrate",
         "validate",
         "console",
         "cli_calibrate",
-        "cli_capture",
+        "cli_trace",
     },
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
@@ -66,9 +66,9 @@ HEAVY_AT_HOME = {
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},
     "pydantic": {"scenario", "calibrate"},
-    "typer": {"cli", "cli_calibrate", "cli_capture", "console"},
+    "typer": {"cli", "cli_calibrate", "cli_capture", "cli_trace", "console"},
     "rich": {"console", "report"},
-    "matplotlib": {"validate"},
+    "matplotlib": {"report", "validate"},
 }
 MAX_LINES = 300
 LONGER_FOR_NOW = {"epsim/sim/event.py": 310}

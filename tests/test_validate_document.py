@@ -19,6 +19,7 @@ from epsim.calibrate.measured import Floats, measured_matrix
 from epsim.calibrate.predict import Predictor
 from epsim.calibrate.problem import Problem, Weights
 from epsim.errors import InputError
+from epsim.report.figure import require_matplotlib
 from epsim.report.files import to_json
 from epsim.scenario import apply_override, check_scenario, load_raw
 from epsim.scenario.fields import ClusterField
@@ -31,7 +32,7 @@ from epsim.validate.document import (
     s12_section,
     write_document,
 )
-from epsim.validate.figures import draw_figures, require_matplotlib
+from epsim.validate.figures import draw_figures
 from epsim.validate.fitted import influence_sentence, intervals_text
 from epsim.validate.latency import COMPARE, STUDIES, Case, cells, load_case, scheme_report, without_influence
 from epsim.validate.parts import parts_report

@@ -74,6 +74,14 @@ def write_run(
     contents["steps.parquet"] = buffer.getvalue()
     if slices:
         contents["timeline.json"] = json.dumps(timeline(slices, device_names, origin), allow_nan=False).encode()
+    paths = write_files(folder, contents)
+    if not slices:
+        (folder / "timeline.json").unlink(missing_ok=True)
+    return paths
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write the contents, by name, into a folder, made if it is not there; return their paths."""
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -82,8 +90,6 @@ def write_run(
         with whole_file(path) as partial:
             partial.write_bytes(content)
         paths.append(path)
-    if not slices:
-        (folder / "timeline.json").unlink(missing_ok=True)
     return paths
 
 

@@ -1,6 +1,5 @@
 """Tables for the terminal, made with rich from the plain results of a run: `simulation_tables`, `comparison_tables`."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.control import strip_control_codes
 from rich.table import Table
 from rich.text import Text
 
+from epsim.report.origin import origin_line, origin_words
 from epsim.report.table import new_table
 from epsim.units import format_size, format_time
 
@@ -50,23 +50,8 @@ def _title(results: dict[str, Any]) -> Text:
         f"homes: prefill on {_some(homes['prefill'])}, decode on {_some(homes['decode'])}\n",
         style="not bold",
     )
-    origin = _origin(trace["origin"])
-    mock = ", from MOCK tokens" if trace["mock"] else ""
-    text.append(f"{origin}{mock}: {_described(trace['description'])}", style="yellow not bold")
+    text.append(origin_line(trace), style="yellow not bold")
     return text
-
-
-def _origin(origin: str) -> str:
-    return f"routing: {origin if origin == 'captured' else origin.upper()}"
-
-
-def _described(description: str) -> str:
-    """A synthetic trace's description is a JSON object of its parameters: read it out."""
-    try:
-        fields = json.loads(description)
-    except ValueError:
-        return description
-    return ", ".join(f"{name} {value}" for name, value in fields.items()) if isinstance(fields, dict) else description
 
 
 def _some(names: Sequence[str]) -> str:
@@ -193,7 +178,7 @@ def comparison_tables(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> Re
     """Return tables of times and of bytes per batch size; rows as `epsim.compare.compare` makes them, best first."""
     headings = [heading for name in _COMPARED.values() for heading in (name, "change")]
     origins = sorted({row["trace_origin"] for row in rows})
-    tables: list[RenderableType] = [Text("; ".join(map(_origin, origins)), style="yellow")]
+    tables: list[RenderableType] = [Text("; ".join(map(origin_words, origins)), style="yellow")]
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
         times = new_table(f"\nBatch {batch_size}", *_short(axes), *headings)
         sizes = new_table(

@@ -4,11 +4,10 @@ matplotlib is an extra (`plot`) and is loaded here only, when a figure is drawn.
 with the same matplotlib.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from epsim.errors import InputError
+from epsim.report.figure import figure_style, png
 
 METHOD_COLOURS = {"baseline": "#4477aa", "attention-soft": "#cc6633", "gaussian-soft": "#228855"}
 BENCHMARK_MARKERS = {"MMMU": "o", "SQA-IMG": "^"}
@@ -24,41 +23,16 @@ PART_COLOURS = {
     "vision, router, head": "#eedd88",
 }
 _OTHER = "vision, router, head"
-_DPI = 110
 
 
 def draw_figures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the PNG files of the document by name; raises InputError where matplotlib is not installed."""
-    require_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    with matplotlib.rc_context(style):
+    with figure_style():
         return {
-            "validation-s11.png": _png(_scatter(report["s11"])),
-            "validation-parts.png": _png(_parts(report["s11"]["parts"])),
-            "validation-s10.png": _png(_ratios(report["s10"])),
+            "validation-s11.png": png(_scatter(report["s11"])),
+            "validation-parts.png": png(_parts(report["s11"]["parts"])),
+            "validation-s10.png": png(_ratios(report["s10"])),
         }
-
-
-def require_matplotlib() -> None:
-    """Raise InputError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "figures need matplotlib; install it with: pip install -e '.[plot]' in epsim's folder"
-        ) from error
-
-
-def _png(figure: Any) -> bytes:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 def _scatter(s11: Mapping[str, Any]) -> Any:
