@@ -151,7 +151,9 @@ def _encode(
     index: int, prompt: Prompt, encoder: Encoder, default_max_new_tokens: int, max_tokens: int | None, *, blank: bool
 ) -> EncodedRequest:
     if prompt.images and encoder.image_token_id is None:
-        raise RequestError(f"{prompt.name}: has an image, and the model reads none; name a vision-language model")
+        raise RequestError(
+            f"{prompt.name}: has an image, and the model reads none; ask without, or take a vision-language model"
+        )
     try:
         encoded = encoder.encode(prompt.text, [BLANK if blank else image.open() for image in prompt.images])
     except InputError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from epsim.errors import InputError
 
@@ -84,7 +84,7 @@ def _decode(path: Path, content: bytes, *, preview: bool = False) -> Image.Image
                 return ImageOps.exif_transpose(image).convert("RGB")
     except ImageError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f'image "{path}": is not a picture that can be read; write e.g. a PNG or JPEG file') from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
