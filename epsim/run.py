@@ -211,7 +211,7 @@ def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
         "trace": {
             "origin": meta.origin,
             "mock": meta.mock,
-            "description": meta.description,
+            "description": meta.words,
             "seed": meta.seed,
             "num_requests": len(deployment.trace.requests.request_id_Q),
             "num_tokens": deployment.trace.num_tokens,

@@ -26,7 +26,7 @@ CIRCUMSTANCES = ("device", "torch", "transformers")  # of run.model: may change 
 def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, workload: Workload) -> TraceMeta:
     """Return the trace's metadata: its description says in words what ran, and under "run" how to run it again."""
     how = model.source
-    weights = f"random, seed {options.model.seed}" if model.random_weights else options.model.checkpoint
+    weights = f"random (seed {options.model.seed})" if model.random_weights else options.model.checkpoint
     description = {
         "weights": weights,
         "requests": workload.words,

@@ -17,8 +17,8 @@ def summarise(trace: TraceFile) -> dict[str, str]:
     kinds = f"prefill vision {vision}, prefill text {prefill - vision}, decode {trace.num_tokens - prefill}"
     return {
         "file": f"{trace.name} ({format_size(trace.path.stat().st_size)}, format {meta.format_version})",
-        "origin": meta.origin + (", from mock tokens" if meta.mock else ""),
-        "description": meta.description,
+        "origin": meta.origin + (", MOCK: random weights or tokens" if meta.mock else ""),
+        "description": meta.words,
         "seed": "-" if meta.seed is None else str(meta.seed),
         "software": meta.software,
         "model": meta.model or "-",

@@ -76,10 +76,11 @@ class TraceMeta(TraceShape):
     Attributes:
         model: name of the model card, "" if there is none.
         origin: "captured" (hooks on a model that ran), "imported" (another system's file) or "synthetic".
-        description: what it was captured or imported from, or the synthetic parameters as JSON.
+        description: what it was captured or imported from, or the synthetic parameters; text, or a JSON object, of
+            which `words` reads out what is not an object itself.
         seed: of the synthetic generator or the sampled capture, None if nothing was random.
         software: what wrote it, e.g. "epsim 0.1.0".
-        mock: True if the model behind a capture had random weights or was a stand-in.
+        mock: True if a captured model had random weights or was fed random tokens: nobody's real routing.
         format_version: of the file format, 1.
     """
 
@@ -108,6 +109,17 @@ class TraceMeta(TraceShape):
     def to_json(self) -> str:
         """Return the metadata as one line of JSON with sorted keys."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @property
+    def words(self) -> str:
+        """The description, for people."""
+        try:
+            fields = json.loads(self.description)
+        except ValueError:
+            return self.description
+        if not isinstance(fields, dict):
+            return self.description
+        return ", ".join(f"{name} {value}" for name, value in fields.items() if not isinstance(value, dict))
 
     @staticmethod
     def from_json(text: str | bytes) -> "TraceMeta":

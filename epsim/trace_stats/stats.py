@@ -79,7 +79,7 @@ def _about(source: TraceSource, counts: RoutingCounts) -> dict[str, Any]:
         "name": source.name,
         "origin": meta.origin,
         "mock": meta.mock,
-        "description": meta.description,
+        "description": meta.words,
         "model": meta.model,
         "layer_ids": list(meta.layer_ids),
         "num_experts": meta.num_experts,
