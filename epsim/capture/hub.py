@@ -42,9 +42,7 @@ def fetch(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
     except _REFUSALS as error:
         raise _refused(name, revision, error) from error
     except Exception as error:
-        raise InputError(
-            f"{name}: the download broke off; run it again, it goes on there ({_reason(error)})"
-        ) from error
+        raise InputError(f"{name}: the download broke off; run it again to go on ({_reason(error)})") from error
 
 
 def _matches(file: str, pattern: str) -> bool:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from epsim.capture.byte_tokenizer import IMAGE_TOKEN, byte_tokenizer
 from epsim.capture.checkpoint import one_line
