@@ -6,6 +6,7 @@ checkpoint brings along is never run.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,6 +36,7 @@ TEXT_MODELS: dict[str, type[PreTrainedModel]] = {
     "mixtral": MixtralForCausalLM,
 }
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -83,7 +85,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     With the library accelerate, weights go straight to a CUDA device; without it through the memory of the host.
     Raises InputError if files are missing, damaged, or do not have exactly the tensors that config.json asks for.
     """
-    weight_files(checkpoint.folder)
+    check_expert_tensors(weight_files(checkpoint.folder))
     direct = device.type != "cpu" and not through_host(device)
     try:
         module, info = checkpoint.model_class.from_pretrained(
@@ -130,6 +132,29 @@ def weight_files(folder: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: is damaged or cut off ({one_line(error)}); get it again") from error
     return files
+
+
+def check_expert_tensors(files: list[Path]) -> None:
+    """Raise InputError, with a name, if a layer lacks a tensor of one expert or has it in another shape.
+
+    transformers joins the tensors of all experts, and does not say which one is wrong.
+    """
+    shapes: dict[tuple[str, str], dict[int, list[int]]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if match := _EXPERT.fullmatch(name):
+                    before, expert, after = match.groups()
+                    shapes.setdefault((before, after), {})[int(expert)] = tensors.get_slice(name).get_shape()
+    num_experts: dict[str, int] = {}
+    for (before, _), of_experts in shapes.items():
+        num_experts[before] = max(num_experts.get(before, 0), max(of_experts) + 1)
+    for (before, after), of_experts in shapes.items():
+        for expert in range(num_experts[before]):
+            name, shape, usual = f"{before}{expert}{after}", of_experts.get(expert), next(iter(of_experts.values()))
+            if shape != usual:
+                found = "is missing" if shape is None else f"is {shape} and those of other experts are {usual}"
+                raise InputError(f"{files[0].parent}: tensor {name} {found}; get the checkpoint again")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

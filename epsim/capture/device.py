@@ -1,4 +1,4 @@
-"""Where a model goes: `resolve_device`, `resolve_dtype`, and whether it fits: `check_memory`. `quiet` is for loading."""
+"""Where a model goes and whether it fits: `resolve_device`, `resolve_dtype`, `check_memory`; `quiet` is for loading."""
 
 import logging
 import os

@@ -18,6 +18,7 @@ from epsim.errors import InputError
 DESCRIPTIONS = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHTS = ("model*.safetensors",)
 TIMEOUT_S = 10.0
+_REFUSALS = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)  # a GatedRepoError is the second
 
 
 def fetch(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
@@ -31,12 +32,17 @@ def fetch(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
     try:
         # One request that is not retried: without network, a download tries again for half a minute.
         info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
-        files = [s.rfilename for s in info.siblings or () if any(_matches(s.rfilename, p) for p in wanted)]
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=files)) if files else Path()
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except _REFUSALS as error:
         raise _refused(name, revision, error) from error
     except Exception as error:
         return _cached(name, revision, wanted, error)
+    files = [s.rfilename for s in info.siblings or () if any(_matches(s.rfilename, pattern) for pattern in wanted)]
+    try:
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=files or ["config.json"]))
+    except _REFUSALS as error:
+        raise _refused(name, revision, error) from error
+    except Exception as error:
+        raise InputError(f"{name}: the download broke off; run it again to go on ({_reason(error)})") from error
 
 
 def _matches(file: str, pattern: str) -> bool:
@@ -59,8 +65,11 @@ def _cached(name: str, revision: str | None, patterns: list[str], error: Excepti
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
             f"{name}: cannot be fetched from huggingface.co, and is not in its cache on this machine; write the "
-            f"folder of a checkpoint, or connect and unset HF_HUB_OFFLINE ({reason})"
+            f"folder of a checkpoint, or connect and unset HF_HUB_OFFLINE ({_reason(error)})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

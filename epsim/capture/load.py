@@ -57,7 +57,7 @@ def _random(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Mo
     assert source.random_init is not None
     config = random_config(source.random_init, reduced=source.reduced, text_only=source.text_only)
     name = backbone_card(source.random_init).name + (" reduced" if source.reduced else "")
-    check_memory(_needed(config, dtype), device, name, "--reduced, a smaller --dtype, or another --device")
+    check_memory(_needed(config, dtype, name), device, name, "--reduced, a smaller --dtype, or another --device")
     how = {"random_init": source.random_init, "reduced": source.reduced, "text_only": source.text_only}
     return MoeModel(
         name=name,
@@ -102,14 +102,16 @@ def _from_hub(source: ModelSource, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _check_fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, what: str) -> None:
-    needed = _needed(checkpoint.config, dtype)
+    needed = _needed(checkpoint.config, dtype, what)
     for place in {device, torch.device("cpu")} if through_host(device) else {device}:
         check_memory(needed, place, what, "a smaller --dtype, or another --device")
 
 
-def _needed(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights, from the shapes alone."""
-    return weight_bytes(draw_weights(config, dtype, torch.device("meta"), 0))
+def _needed(config: PreTrainedConfig, dtype: torch.dtype, what: str) -> int:
+    """Bytes of the weights, from the shapes alone; raises InputError if no layer has experts."""
+    module = draw_weights(config, dtype, torch.device("meta"), 0)
+    assert MoeModel(name=what, module=module, random_weights=True).layer_ids
+    return weight_bytes(module)
 
 
 def _circumstances(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from epsim.capture.byte_tokenizer import IMAGE_TOKEN, byte_tokenizer
 from epsim.capture.checkpoint import one_line
 from epsim.capture.device import quiet
 from epsim.capture.model import MoeModel
 from epsim.errors import InputError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,11 +197,12 @@ def _of_bytes(model: MoeModel) -> Processor:
 
 
 def _of_checkpoint(model: MoeModel, folder: Path, chat: bool) -> Processor:
+    _check_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(
-            f"{folder}: its tokenizer cannot be loaded; put a tokenizer.json into the folder ({one_line(error, 160)})"
+            f"{folder}: its tokenizer cannot be loaded; put its tokenizer.json into the folder ({one_line(error, 160)})"
         ) from error
     template = _template(tokenizer, folder) if chat else None
     return Processor(
@@ -211,6 +213,19 @@ def _of_checkpoint(model: MoeModel, folder: Path, chat: bool) -> Processor:
         origin={"tokenizer": "checkpoint", "files_sha256": _sha256(folder), "chat_template": template is not None},
         **_shapes(model),
     )
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """transformers would give an empty tokenizer for a missing one."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(f"{folder}: has no tokenizer; put its tokenizer.json into the folder")
+    settings = folder / "tokenizer_config.json"
+    own_code = settings.is_file() and b'"auto_map"' in settings.read_bytes()
+    if own_code and not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{folder}: its tokenizer is code of its own, which is not run; put a tokenizer.json into the folder, as "
+            "save_pretrained of a fast tokenizer writes it"
+        )
 
 
 def _image_processor(folder: Path) -> Any:
