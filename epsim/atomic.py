@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: `whole_file`, and `write_errors` for what can go wrong."""
+"""Files that are written whole or not at all, `whole_file`; what can go wrong, `require_writable`, `write_errors`."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     named = Path(path)
     require_replaceable(named)
     target = named.resolve()  # a link stays a link: what it leads to is replaced
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = _part(target)
     with write_errors(named):
         part.touch()
     try:
@@ -26,6 +26,14 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise OutputError unless a file can be written there, before hours of work that end in writing it."""
+    require_replaceable(path)
+    with write_errors(path):
+        _part(path.resolve()).touch()
+        _part(path.resolve()).unlink()
 
 
 def require_replaceable(path: Path) -> None:
@@ -44,3 +52,7 @@ def write_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.part")

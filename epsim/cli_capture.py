@@ -74,7 +74,7 @@ def trace(
         require_trace_extra()
         _say_and_exit(output, _repeated(repeat, output, compress))
         return
-    from epsim.capture.options import SCORES, CaptureOptions, RequestSource
+    from epsim.capture.options import SCORE_NAMES, CaptureOptions, RequestSource
     from epsim.capture.source import ModelSource
 
     if requests is None and builtin is None and not mock:
@@ -103,7 +103,7 @@ def trace(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         chunk_size=chunk_size,
-        scores={"all": SCORES, "none": ()}.get(scores, tuple(scores.split(","))),
+        scores={"all": SCORE_NAMES, "none": ()}.get(scores, tuple(scores.split(","))),
         statistics=tuple(str(path) for path in statistics or ()),
         num_threads=threads,
         note=note,

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
+from epsim.atomic import require_writable
 from epsim.capture.batches import batches
 from epsim.capture.capture import Advance, CaptureOutcome, capture_batches
 from epsim.capture.forward import run_batch
 from epsim.capture.gaussian_statistics import GaussianStatistics
 from epsim.capture.load import load_model
 from epsim.capture.model import MoeModel
-from epsim.capture.options import CaptureOptions, statistics_path
+from epsim.capture.options import COMPONENTS, CaptureOptions, statistics_path
 from epsim.capture.processor import load_processor
 from epsim.capture.provenance import make_meta, options_of_trace, require_same_run
-from epsim.capture.scores import COMPONENTS, make_fit, make_score
+from epsim.capture.scores import make_fit, make_score
 from epsim.capture.statistics_file import load_statistics, save_statistics
 from epsim.capture.workload import Workload, make_workload
 from epsim.errors import InputError
@@ -62,6 +63,8 @@ def _capture(
     compression: Compression,
     check: Callable[[TraceMeta], None],
 ) -> CaptureOutcome:
+    for file in (path, *(statistics_path(path, name) for name in options.fitted_scores)):
+        require_writable(file)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     given = _given_statistics(options)

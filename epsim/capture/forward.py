@@ -147,7 +147,5 @@ class _Run:
     def _next_tokens_B(self) -> Tensor:
         assert self.last_hidden_BD is not None
         logits_BV: Tensor = self.model.module.lm_head(self.last_hidden_BD)
-        image_token_id = self.model.image_token_id
-        if image_token_id is not None and image_token_id < logits_BV.shape[1]:
-            logits_BV[:, image_token_id] = -torch.inf
+        logits_BV[:, list(self.model.suppressed_token_ids)] = -torch.inf
         return logits_BV.argmax(1)

@@ -73,7 +73,7 @@ def _checkpoint(source: ModelSource, dtype: torch.dtype, device: torch.device) -
     if local.is_dir():
         if source.revision is not None:
             raise InputError(f'--revision "{source.revision}": {local} is a folder; leave the revision out')
-        where: dict[str, Any] = {"checkpoint": str(local.resolve())}
+        where: dict[str, Any] = {"checkpoint": local.resolve().name}
         checkpoint = open_checkpoint(local)
         _check_fits(checkpoint, dtype, device, str(local))
     else:

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 from epsim.capture.source import ModelSource
 from epsim.errors import InputError, TraceError
 
-SCORES = ("attention", "gaussian", "gmm2", "gmm4")
-FITTED_SCORES = SCORES[1:]  # from statistics of a first pass, or of a file
+COMPONENTS = {"gaussian": 1, "gmm2": 2, "gmm4": 4}  # Gaussians per modality; fitted in a first pass, or from a file
+SCORE_NAMES = ("attention", *COMPONENTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class CaptureOptions:
         max_new_tokens: output tokens of a request that does not say.
         batch_size: requests that are run together.
         chunk_size: columns of a prefill that are run at once; None for all.
-        scores: estimators of the soft modality score, of `SCORES`.
+        scores: estimators of the soft modality score, of `SCORE_NAMES`.
         statistics: files with the fitted statistics of estimators; what has none is fitted in a first pass.
         num_threads: of torch on the CPU; sums, and so the last bits, depend on it. None: torch's own choice.
         note: free text for the trace.
@@ -72,11 +72,11 @@ class CaptureOptions:
     def __post_init__(self) -> None:
         _require_at_least(1, self, "max_new_tokens", "batch_size", "chunk_size", "num_threads")
         for name in self.scores:
-            if name not in SCORES:
-                raise InputError(f'--scores: "{name}" is not one; write some of {",".join(SCORES)}, or none')
+            if name not in SCORE_NAMES:
+                raise InputError(f'--scores: "{name}" is not one; write some of {",".join(SCORE_NAMES)}, or none')
         if len(set(self.scores)) < len(self.scores):
             raise InputError(f"--scores {','.join(self.scores)}: one is there twice; write each once")
-        if self.statistics and not set(self.scores) & set(FITTED_SCORES):
+        if self.statistics and not set(self.scores) & set(COMPONENTS):
             raise InputError(
                 f"--statistics {self.statistics[0]}: no score of this run needs it; write --scores gaussian"
             )
@@ -100,7 +100,7 @@ class CaptureOptions:
     @property
     def fitted_scores(self) -> tuple[str, ...]:
         """The estimators that need statistics."""
-        return tuple(name for name in self.scores if name in FITTED_SCORES)
+        return tuple(name for name in self.scores if name in COMPONENTS)
 
 
 def statistics_path(trace_path: Path, score: str) -> Path:

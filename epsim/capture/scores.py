@@ -15,10 +15,8 @@ from epsim.capture.attention_score import AttentionScore
 from epsim.capture.gaussian_score import GaussianFit, GaussianScore
 from epsim.capture.gaussian_statistics import BETA, TAU_FACTOR, GaussianStatistics
 from epsim.capture.model import ForwardPass, MoeModel
+from epsim.capture.options import COMPONENTS, SCORE_NAMES
 from epsim.errors import InputError
-
-COMPONENTS = {"gaussian": 1, "gmm2": 2, "gmm4": 4}
-SCORE_NAMES = ("attention", *COMPONENTS)
 
 
 class ScoreEstimator(Protocol):

@@ -13,4 +13,3 @@ def origin_line(trace: Mapping[str, Any]) -> str:
 def origin_words(origin: str) -> str:
     """Return the words for an origin; all but "captured" in capitals."""
     return f"routing: {origin if origin == 'captured' else origin.upper()}"
-
