@@ -62,7 +62,7 @@ def test_version_and_help(epsim: Run) -> None:
     assert epsim("--version") == f"epsim {__version__}\n"
     for command in ("simulate", "compare", "scenario", "trace"):
         assert command in epsim("--help")
-    for group, names in {"scenario": ("schema", "show"), "trace": ("info", "check", "export", "make")}.items():
+    for group, names in {"scenario": ("schema", "show"), "trace": ("info", "check", "export", "make", "stats")}.items():
         text = epsim(group, "-h")
         assert all(name in text for name in names)
 

@@ -5,6 +5,7 @@ same matplotlib.
 """
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,8 @@ def figure_style(**changes: Any) -> Iterator[None]:
     matplotlib.use("Agg")
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     style.update(changes)
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a file's name may be in any script
         yield
 
 

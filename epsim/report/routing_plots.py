@@ -115,7 +115,9 @@ def _distance(ax: Any, ids: Sequence[int], layers: Sequence[Stats], epsilon: flo
     exact = [layer["mrd_distance_nats"] for layer in layers]
     smoothed = [layer["mrd_distance_smoothed_nats"] for layer in layers]
     infinite = [at for at, layer in enumerate(layers) if exact[at] is None and layer["num_one_sided_experts"]]
-    ax.plot(ids, exact, "o", color=_MRD_COLOUR, markersize=5, label="MRD distance (SMAR eq. 10)")
+    ax.plot(
+        ids, np.array(exact, dtype=np.float64), "o", color=_MRD_COLOUR, markersize=5, label="MRD distance (SMAR eq. 10)"
+    )
     ax.plot(ids, smoothed, "--", color="#555555", linewidth=1, label=f"with {epsilon:g} added to every expert's share")
     if infinite:
         label = "infinite without it: some expert has one modality alone"

@@ -64,7 +64,7 @@ def notes(stats: Stats) -> Iterator[str]:
 def _fitted_notes(parameters: Stats, has_both: bool) -> Iterator[str]:
     if parameters["placement_fitted_to_this_trace"]:
         yield (
-            "In sample: placement modality_bins is fitted to this very trace; on other requests more will cross."
+            "In sample: placement modality_bins is fitted to this very trace; expect more to cross elsewhere."
             if has_both
             else "With one modality, placement modality_bins has nothing to go by but which experts were never chosen."
         )

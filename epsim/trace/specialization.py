@@ -63,8 +63,7 @@ def symmetric_kl(first_LE: Floats, second_LE: Floats) -> Floats:
 
     Infinite where some expert has mass in one of the two alone.
     """
-    distance_L: Floats = 0.5 * (_kl(first_LE, second_LE) + _kl(second_LE, first_LE))
-    return distance_L
+    return np.maximum(0.5 * (_kl(first_LE, second_LE) + _kl(second_LE, first_LE)), 0.0)  # rounding
 
 
 def smoothed(distribution_LE: Floats, epsilon: float = KL_SMOOTHING) -> Floats:
