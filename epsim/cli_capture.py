@@ -115,7 +115,7 @@ def trace(
 def _captured(options: Any, output: Path, compress: bool) -> Any:
     from epsim.capture.command import capture_trace
 
-    return capture_trace(options, output, count=count_requests, compression="zstd" if compress else None)
+    return capture_trace(options, output, count=count_requests, say=_say, compression="zstd" if compress else None)
 
 
 def _repeated(source: Path, output: Path, compress: bool) -> Any:
@@ -123,11 +123,11 @@ def _repeated(source: Path, output: Path, compress: bool) -> Any:
 
     if source.resolve() == output.resolve():
         raise InputError(f"{output}: is the trace that is repeated; name another file with -o")
-    return repeat_trace(source, output, count=count_requests, compression="zstd" if compress else None, warn=_warn)
+    return repeat_trace(source, output, count=count_requests, say=_say, compression="zstd" if compress else None)
 
 
-def _warn(line: str) -> None:
-    typer.echo(f"epsim: {line}", err=True)
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _say_and_exit(output: Path, outcome: Any) -> None:

@@ -27,7 +27,12 @@ CountRequests = Callable[[str, int], AbstractContextManager[Advance]]  # a label
 
 
 def capture_trace(
-    options: CaptureOptions, path: Path, *, count: CountRequests, compression: Compression = None
+    options: CaptureOptions,
+    path: Path,
+    *,
+    count: CountRequests,
+    say: Callable[[str], None],
+    compression: Compression = None,
 ) -> CaptureOutcome:
     """Load the model, run the requests and write their routing to `path`.
 
@@ -36,8 +41,9 @@ def capture_trace(
 
     Args:
         count: called with a label and the number of requests at the start of each pass over them.
+        say: told in a line what is run, once the model is loaded.
     """
-    return _capture(options, path, count, compression, lambda meta: None)
+    return _capture(options, path, count, say, compression, lambda meta: None)
 
 
 def repeat_trace(
@@ -45,21 +51,22 @@ def repeat_trace(
     path: Path,
     *,
     count: CountRequests,
+    say: Callable[[str], None],
     compression: Compression = None,
-    warn: Callable[[str], None] = lambda line: None,
 ) -> CaptureOutcome:
     """Run once more what the trace `source` says of itself, to `path`: the same bytes on the same machine.
 
-    Raises InputError if the model or the requests are not the same any more; tells `warn` of another device or library.
+    Raises InputError if the model or the requests are not the same any more; says it of another device or library.
     """
     options, meta = options_of_trace(source)
-    return _capture(options, path, count, compression, lambda now: require_same_run(source, now, meta, warn))
+    return _capture(options, path, count, say, compression, lambda now: require_same_run(source, now, meta, say))
 
 
 def _capture(
     options: CaptureOptions,
     path: Path,
     count: CountRequests,
+    say: Callable[[str], None],
     compression: Compression,
     check: Callable[[TraceMeta], None],
 ) -> CaptureOutcome:
@@ -74,6 +81,8 @@ def _capture(
     meta = make_meta(options, model, processor, workload)
     check(meta)
     missing = [name for name in options.fitted_scores if name not in given]
+    _require_images(workload, missing)
+    say(f"{model.name}: {meta.words}")
     fitted = _fit(options, model, workload, missing, count) if missing else {}
     for name, statistics in fitted.items():
         save_statistics(statistics, statistics_path(path, name))
@@ -108,15 +117,18 @@ def _given_statistics(options: CaptureOptions) -> dict[str, GaussianStatistics]:
     return found
 
 
+def _require_images(workload: Workload, to_fit: Sequence[str]) -> None:
+    if to_fit and not workload.num_images:
+        raise InputError(
+            f"--scores {','.join(to_fit)}: no request has an image to tell vision from text; give images, or "
+            "--statistics of a run that had some"
+        )
+
+
 def _fit(
     options: CaptureOptions, model: MoeModel, workload: Workload, names: Sequence[str], count: CountRequests
 ) -> dict[str, GaussianStatistics]:
     """Return the statistics of the prompts for these scores, from one pass over all prefills."""
-    if not workload.num_images:
-        raise InputError(
-            f"--scores {','.join(names)}: no request has an image to tell vision from text; give images, or "
-            "--statistics of a run that had some"
-        )
     fits = [make_fit(name, seed=options.model.seed) for name in names]
     try:
         for fit in fits:

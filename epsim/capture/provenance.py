@@ -73,8 +73,8 @@ def options_of_trace(path: Path) -> tuple[CaptureOptions, TraceMeta]:
         raise TraceError(f"{path}: its metadata does not say how it was captured ({error})") from error
 
 
-def require_same_run(path: Path, meta: TraceMeta, repeated: TraceMeta, warn: Callable[[str], None]) -> None:
-    """Raise InputError unless `meta` runs what `repeated`, the metadata of `path`, did; tell `warn` what may differ.
+def require_same_run(path: Path, meta: TraceMeta, repeated: TraceMeta, say: Callable[[str], None]) -> None:
+    """Raise InputError unless `meta` runs what `repeated`, the metadata of `path`, did; `say` what may differ.
 
     Another model or other requests are an error; another device, library or number of threads may change last bits.
     """
@@ -89,7 +89,7 @@ def require_same_run(path: Path, meta: TraceMeta, repeated: TraceMeta, warn: Cal
         )
     for name, old, new in circumstances:
         if old != new:
-            warn(f"{path} was captured with {name} {old}, this run has {new}: bytes may differ")
+            say(f"{path} was captured with {name} {old}, this run has {new}: bytes may differ")
 
 
 def _sha256(path: Path) -> str:
