@@ -206,10 +206,11 @@ def attention_of_scores(
 ) -> Tensor:
     """Return attention times scores of each head [B, S, H] in a call of its own, beside that of the model.
 
-    The arguments are those of `attention_with_scores`. It reads the keys once more, but copies nothing: for one query
-    (a decode step) that is less than the other way, which copies all keys and values of the cache.
+    The arguments are those of `attention_with_scores`. The values are the scores and zeros up to the size of the keys,
+    the same for all heads, so that flash attention takes them. It reads the keys once more, but copies nothing: for
+    one query (a decode step) that is less than the other way, which copies all keys and values of the cache.
     """
-    channel = F.pad(scores_BP[:, None, :, None].to(value.dtype), (0, ALIGNMENT - 1))
+    channel = F.pad(scores_BP[:, None, :, None].to(value.dtype), (0, key.shape[-1] - 1))
     channel = channel.expand(-1, key.shape[1], -1, -1)
     mixed: Tensor = sdpa_attention_forward(module, query, key, channel, attention_mask, scaling=scaling, **kwargs)[0]
     return mixed[..., 0]
