@@ -251,6 +251,10 @@ def test_attention_score_refuses_what_it_cannot_follow(olmoe: MoeModel) -> None:
         AttentionScore().attach(olmoe)
     with pytest.raises(InputError, match="it is attached to small olmoe; detach it first"):
         score.attach(olmoe)
+    for _ in range(2):  # before any start_pass, and after a pass that was complete
+        with pytest.raises(RuntimeError, match="start_pass must come before the decoder runs"):
+            olmoe.decoder(inputs_embeds=torch.zeros(1, 3, 64))
+        run_passes(olmoe, small_batch(), estimators=[score])
     score.detach()
     score.detach()
 
