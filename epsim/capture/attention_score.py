@@ -38,9 +38,10 @@ class AttentionScore:
     The paper leaves open which M a layer's router sees. Here MoE layer l gets M^(l+1), the score after its
     attention, as that is what the input of its experts is made of.
 
-    Scores and norms are float32; the channel has the type of the model's values, and so have the heads' M~. The
-    score is at most 5e-3 off for that in bfloat16. Scores of a column do not depend on how the columns were cut into
-    passes. Padding, and requests that have ended, keep their hard label.
+    Scores and norms are float32; the channel has the type of the model's values, and so have the heads' M~. In small
+    models of 26 MoE layers that moved a score by at most 1.2e-3 in bfloat16 and 1.4e-4 in float16. But for
+    rounding, scores do not depend on how the columns were cut into passes. Padding, and requests that have ended, keep
+    their hard label.
     """
 
     name = "attention"
@@ -129,7 +130,7 @@ class AttentionScore:
 
         The arguments are those of an attention function of transformers.
         """
-        if self._score_BS is None:
+        if self._score_BS is None or len(self._after_BS) == len(self._keys_BP):
             raise RuntimeError("attention score: start_pass must come before the decoder runs")
         keys_BP = self._keys(len(self._after_BS))
         if query.shape[2] > 1:
@@ -206,10 +207,11 @@ def attention_of_scores(
 ) -> Tensor:
     """Return attention times scores of each head [B, S, H] in a call of its own, beside that of the model.
 
-    The arguments are those of `attention_with_scores`. It reads the keys once more, but copies nothing: for one query
-    (a decode step) that is less than the other way, which copies all keys and values of the cache.
+    The arguments are those of `attention_with_scores`. The values are the scores and zeros up to the size of the keys,
+    the same for all heads, so that flash attention takes them. It reads the keys once more, but copies nothing: for
+    one query (a decode step) that is less than the other way, which copies all keys and values of the cache.
     """
-    channel = F.pad(scores_BP[:, None, :, None].to(value.dtype), (0, ALIGNMENT - 1))
+    channel = F.pad(scores_BP[:, None, :, None].to(value.dtype), (0, key.shape[-1] - 1))
     channel = channel.expand(-1, key.shape[1], -1, -1)
     mixed: Tensor = sdpa_attention_forward(module, query, key, channel, attention_mask, scaling=scaling, **kwargs)[0]
     return mixed[..., 0]

@@ -91,8 +91,8 @@ class GaussianScore:
 
     @torch.no_grad()
     def _take(self, layer: int, x_TD: Tensor) -> None:
-        assert self._density is not None
-        assert len(self._scores) == layer
+        if self._density is None or len(self._scores) != layer:
+            raise RuntimeError(f"{self.name} score: start_pass must come before the decoder runs")
         self._scores.append(self._density.score(layer, x_TD))
 
 
