@@ -82,7 +82,8 @@ def main() -> None:
         seconds, size = time.perf_counter() - start, path.stat().st_size
     print(f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{stream.num_tokens} tokens, file {size / 1e6:.0f} MB, {stream.num_tokens / seconds:.0f} tokens/s")
-    print(f"resident memory {start_bytes / 1e6:.0f} MB before, at most {(peak_bytes() - start_bytes) / 1e6:.0f} MB more")
+    more = peak_bytes() - start_bytes
+    print(f"resident memory {start_bytes / 1e6:.0f} MB before, at most {more / 1e6:.0f} MB more")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_a_saved_model_loads_as_the_same_model(backbone: str, vlm: bool, tmp_pat
     assert loaded.shape == model.shape
     assert not loaded.module.training
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
-    assert json.loads(json.dumps(loaded.source))["checkpoint"] == str(tmp_path / "my-model")
+    assert json.loads(json.dumps(loaded.source))["checkpoint"] == "my-model"
 
 
 def test_a_sharded_model_in_bfloat16_loads_as_the_same_model(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_checkpoint_in_the_shapes_of_a_card_has_its_name() -> None:
 def test_the_source_of_a_checkpoint_tells_when_it_changed(olmoe: Path, copy: Path) -> None:
     def source_of(folder: Path) -> dict[str, Any]:
         source = dict(load_model(ModelSource(checkpoint=str(folder), device="cpu")).source)
-        assert source.pop("checkpoint") == str(folder)
+        assert source.pop("checkpoint") == folder.name
         return source
 
     first = source_of(olmoe)

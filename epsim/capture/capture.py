@@ -52,7 +52,7 @@ def capture_batches(
     with TraceWriter(path, meta, compression=compression) as writer:
         stream = TraceStream(writer)
         try:
-            with stream, _Recording(model, estimators) as recording:
+            with stream, Recording(model, estimators) as recording:
                 for batch in batches:
                     recording.run(batch, stream, chunk_size, eos_token_ids, advance)
         except (KeyboardInterrupt, EpsimError) as error:
@@ -64,7 +64,7 @@ def capture_batches(
     return CaptureOutcome(num_tokens=stream.num_tokens, num_requests=stream.num_requests, stopped_by=stopped_by)
 
 
-class _Recording:
+class Recording:
     """A model with everything attached that is recorded of it; a context manager."""
 
     def __init__(self, model: MoeModel, estimators: Sequence[ScoreEstimator]) -> None:
@@ -72,7 +72,7 @@ class _Recording:
         self._estimators = estimators
         self._stack = ExitStack()
 
-    def __enter__(self) -> "_Recording":
+    def __enter__(self) -> "Recording":
         with ExitStack() as stack:
             for estimator in self._estimators:
                 estimator.attach(self._model)
