@@ -63,6 +63,22 @@ def export(
 
 
 @trace_app.command()
+def sample(
+    path: TracePath,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Trace file to write.")],
+    requests: Annotated[int, typer.Option(metavar="N", help="How many requests to keep, evenly spaced.")] = 8,
+    compress: Annotated[bool, typer.Option("--compress", help="Compress with zstd, for shipping.")] = False,
+) -> None:
+    """Copy some requests of a trace, whole, to a smaller one."""
+    from epsim.trace.file import TraceFile, sample_trace
+
+    if output.resolve() == path.resolve():
+        raise InputError(f"{path}: would be replaced by a sample of itself; name another file with -o")
+    kept = sample_trace(TraceFile.open(path), output, requests, "zstd" if compress else None)
+    typer.echo(f"wrote {output}: {kept} requests", err=True)
+
+
+@trace_app.command()
 def make(
     scenario: ScenarioPath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Trace file to write.")],

@@ -5,7 +5,8 @@ import itertools
 import json
 import re
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from epsim.capture.batches import (
     Batch,
     EncodedRequest,
     Encoder,
+    ahead,
     batches,
     check_prompts,
     encode_prompts,
@@ -553,6 +555,25 @@ def test_wrong_numbers_are_refused_at_once() -> None:
 def one_batch(requests: Sequence[EncodedRequest]) -> Batch:
     (batch,) = batches(requests, len(requests))
     return batch
+
+
+def test_a_batch_ahead_is_made_while_one_is_in_use_and_fails_in_its_turn() -> None:
+    begun = [threading.Event() for _ in range(4)]
+
+    def make() -> Iterator[Any]:
+        for number, event in enumerate(begun):
+            event.set()
+            if number == 3:
+                raise InputError("bad image")
+            yield number
+
+    coming = ahead(make())
+    for number in range(3):
+        assert next(coming) == number
+        assert begun[number + 1].wait(10)
+        assert not any(event.is_set() for event in begun[number + 2 :])
+    with pytest.raises(InputError, match="bad image"):
+        next(coming)
 
 
 def test_a_batch_moves_what_the_model_needs() -> None:

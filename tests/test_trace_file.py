@@ -10,7 +10,7 @@ import pytest
 
 from epsim.errors import OutputError, TraceError
 from epsim.trace import RoutingTrace, TraceMeta, TraceShape, check_trace, concatenate
-from epsim.trace.file import TraceFile, TraceWriter, copy_trace, export_parquet
+from epsim.trace.file import TraceFile, TraceWriter, copy_trace, export_parquet, sample_trace
 from epsim.trace.synthetic import SyntheticWorkload, uniform
 
 SHAPE = TraceShape(layer_ids=(1, 2, 5), num_experts=8, topk=2)
@@ -336,3 +336,16 @@ def test_codes_out_of_range_never_get_to_compiled_code(column: str, value: int, 
     for read in (lambda t: list(t.batches()), lambda t: t.select([0]), check_trace):
         with pytest.raises(TraceError, match=rule):
             read(TraceFile.open(tmp_path / "t.arrow"))
+
+
+def test_a_sample_keeps_whole_requests_evenly_spaced(tmp_path: Path) -> None:
+    workload = SyntheticWorkload(num_requests=9, num_vision_tokens=3, num_text_tokens=2, num_decode_tokens=1)
+    trace = concatenate(list(uniform(SHAPE, workload, seed=0)))
+    assert sample_trace(trace, tmp_path / "s.arrow", 3, "zstd") == 3
+    sample = TraceFile.open(tmp_path / "s.arrow")
+    check_trace(sample)
+    assert sample.requests.request_id_Q.tolist() == [0, 4, 8]  # of 0 to 8
+    np.testing.assert_array_equal(sample.select([4]).topk_expert_ids_TLK, trace.select([4]).topk_expert_ids_TLK)
+    assert sample_trace(trace, tmp_path / "all.arrow", 100) == 9
+    with pytest.raises(TraceError, match="--requests 0: must be 1 or more"):
+        sample_trace(trace, tmp_path / "none.arrow", 0)

@@ -1,10 +1,12 @@
 """Requests as the model takes them: `EncodedRequest`, and many of them padded on the left, `Batch`.
 
-`encode_prompts` and `batches` are lazy: only the images of the batch that is asked for are in memory.
+`encode_prompts` and `batches` are lazy: only the images of the batch that is asked for are in memory; with `ahead`
+also those of the next.
 Shapes: B requests of a batch, S tokens of a prompt, or columns of a batch; I images.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -145,6 +147,15 @@ def batches(requests: Iterable[EncodedRequest], batch_size: int) -> Iterator[Bat
         raise RequestError(f"batch size: {batch_size} must be 1 or more")
     remaining = iter(requests)
     return (_batch(group) for group in iter(lambda: list(islice(remaining, batch_size)), []))
+
+
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Return the batches, each made by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, "encoder") as pool:
+        upcoming = pool.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, batches, None)
+            yield batch
 
 
 def _encode(

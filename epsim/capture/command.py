@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from epsim.atomic import require_writable
-from epsim.capture.batches import batches
+from epsim.capture.batches import ahead, batches
 from epsim.capture.capture import Advance, CaptureOutcome, capture_batches
 from epsim.capture.forward import run_batch
 from epsim.capture.gaussian_statistics import GaussianStatistics
@@ -90,7 +90,7 @@ def _capture(
     with count("tracing", workload.num) as advance:
         return capture_batches(
             model,
-            batches(workload.encoded(), options.batch_size),
+            ahead(batches(workload.encoded(), options.batch_size)),
             path,
             meta,
             estimators=scores,
@@ -134,7 +134,7 @@ def _fit(
         for fit in fits:
             fit.attach(model)
         with count("fitting " + ", ".join(names), workload.num) as advance:
-            for batch in batches(workload.encoded(), options.batch_size):
+            for batch in ahead(batches(workload.encoded(), options.batch_size)):
                 chunks = run_batch(
                     model, batch.to(model.device), watchers=fits, chunk_size=options.chunk_size, decode=False
                 )

@@ -24,9 +24,9 @@ from epsim.trace.index import Ints, RequestIndex, RequestTable, build_index
 from epsim.trace.meta import Modality, Phase, TraceMeta
 from epsim.trace.parquet import export_parquet
 from epsim.trace.routing import RequestIds, RoutingTrace, column_layout, replay_order
-from epsim.trace.writer import TraceWriter, copy_trace
+from epsim.trace.writer import TraceWriter, copy_trace, sample_trace
 
-__all__ = ["TraceFile", "TraceWriter", "copy_trace", "export_parquet"]
+__all__ = ["TraceFile", "TraceWriter", "copy_trace", "export_parquet", "sample_trace"]
 
 _MAGIC = b"ARROW1"
 _INDEX_COLUMNS = ("request_id", "phase", "modality")

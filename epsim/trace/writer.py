@@ -1,4 +1,4 @@
-"""Writing routing traces as Arrow IPC files: `TraceWriter`, and `copy_trace` to compress one.
+"""Writing routing traces as Arrow IPC files: `TraceWriter`; `copy_trace` to compress one, `sample_trace` to cut it.
 
 What is written is described in `epsim.trace.schema`.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 
 from epsim.atomic import whole_file, write_errors
@@ -127,3 +128,20 @@ def copy_trace(source: TraceSource, path: str | os.PathLike[str], compression: C
     with TraceWriter(path, source.meta, compression=compression) as writer:
         for batch in source.batches():
             writer.write(batch)
+
+
+def sample_trace(
+    source: TraceSource, path: str | os.PathLike[str], num_requests: int, compression: Compression = None
+) -> int:
+    """Write up to `num_requests` requests of `source`, evenly spaced over its request ids, and return how many.
+
+    Raises TraceError unless `num_requests` is 1 or more.
+    """
+    if num_requests < 1:
+        raise TraceError(f"--requests {num_requests}: must be 1 or more")
+    ids = source.requests.request_id_Q
+    kept = ids[np.unique(np.linspace(0, len(ids) - 1, min(num_requests, len(ids))).round().astype(int))]
+    with TraceWriter(path, source.meta, compression=compression) as writer:
+        for request_id in kept:
+            writer.write(source.select([request_id]))
+    return len(kept)
