@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from epsim.capture.byte_tokenizer import IMAGE_TOKEN, byte_tokenizer
 from epsim.capture.checkpoint import one_line
@@ -240,7 +241,10 @@ def _check_tokenizer_files(folder: Path) -> None:
 
 
 def _image_processor(folder: Path) -> Any:
-    """The variant on Pillow, also where torchvision is installed: both round differently, and a trace should not."""
+    """The variant on Pillow, also where torchvision is installed: both round differently, and a trace should not.
+
+    The class is taken from its module: transformers 5.17 itself gives a stand-in for it where torchvision is missing.
+    """
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
     except Exception as error:
