@@ -117,8 +117,11 @@ def test_a_sharded_model_in_bfloat16_loads_as_the_same_model(tmp_path: Path) -> 
     assert len(weight_files(tmp_path)) > 3
     loaded = load_model(ModelSource(checkpoint=str(tmp_path), dtype="bfloat16", device="cpu"))
     assert loaded.dtype == torch.bfloat16
-    for (name, found), wanted in zip(loaded.module.named_parameters(), model.module.parameters(), strict=True):
-        assert torch.equal(found, wanted), name
+    wanted = dict(model.module.named_parameters()) | dict(model.module.named_buffers())
+    for name, found in [*loaded.module.named_parameters(), *loaded.module.named_buffers()]:
+        assert found.dtype == wanted[name].dtype, name
+        assert torch.equal(found, wanted.pop(name)), name
+    assert not wanted
 
 
 def test_the_layout_of_the_hub_loads(tmp_path: Path) -> None:

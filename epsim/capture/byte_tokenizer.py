@@ -14,7 +14,7 @@ def byte_tokenizer(vocab_size: int, image_token_id: int | None) -> PreTrainedTok
     A text becomes <bos> and its bytes in UTF-8. <image> is `image_token_id`. Every other id of the vocabulary, which
     a random model generates as gladly as any, is written as its number: <1234>.
     """
-    words = {word: value for value, word in _byte_words().items()}
+    words = {word: value for value, word in byte_words().items()}
     named = {PAD_ID: "<pad>", BOS_ID: "<bos>", EOS_ID: "<eos>"}
     if image_token_id is not None:
         named[image_token_id] = IMAGE_TOKEN
@@ -34,7 +34,7 @@ def byte_tokenizer(vocab_size: int, image_token_id: int | None) -> PreTrainedTok
     )
 
 
-def _byte_words() -> dict[int, str]:
+def byte_words() -> dict[int, str]:
     """Return how GPT-2's byte-level alphabet writes each byte: itself where it can be seen, else a letter from U+0100.
 
     Source: github.com/openai/gpt-2, src/encoder.py, bytes_to_unicode.

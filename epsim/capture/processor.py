@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from epsim.capture.byte_tokenizer import IMAGE_TOKEN, byte_tokenizer
 from epsim.capture.checkpoint import one_line
 from epsim.capture.device import quiet
 from epsim.capture.model import MoeModel
+from epsim.capture.tiktoken_file import is_moonshot, moonshot_tokenizer
 from epsim.errors import InputError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
@@ -197,13 +199,8 @@ def _of_bytes(model: MoeModel) -> Processor:
 
 
 def _of_checkpoint(model: MoeModel, folder: Path, chat: bool) -> Processor:
-    _check_tokenizer_files(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded; put its tokenizer.json into the folder ({one_line(error, 160)})"
-        ) from error
+    shapes = _shapes(model)
+    tokenizer = _tokenizer(folder, shapes["vocab_size"])
     template = _template(tokenizer, folder) if chat else None
     return Processor(
         tokenizer=tokenizer,
@@ -211,8 +208,23 @@ def _of_checkpoint(model: MoeModel, folder: Path, chat: bool) -> Processor:
         eos_token_ids=_eos_token_ids(model, tokenizer),
         chat_template=template,
         origin={"tokenizer": "checkpoint", "files_sha256": _sha256(folder), "chat_template": template is not None},
-        **_shapes(model),
+        **shapes,
     )
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    if is_moonshot(folder):
+        return moonshot_tokenizer(folder, vocab_size)
+    _check_tokenizer_files(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded; put its tokenizer.json into the folder ({one_line(error, 160)})"
+        ) from error
+    return tokenizer
 
 
 def _check_tokenizer_files(folder: Path) -> None:
@@ -229,7 +241,10 @@ def _check_tokenizer_files(folder: Path) -> None:
 
 
 def _image_processor(folder: Path) -> Any:
-    """The variant on Pillow, also where torchvision is installed: both round differently, and a trace should not."""
+    """The variant on Pillow, also where torchvision is installed: both round differently, and a trace should not.
+
+    The class is taken from its module: transformers 5.17 itself gives a stand-in for it where torchvision is missing.
+    """
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
     except Exception as error:

@@ -41,7 +41,9 @@ def small_model(
         for name, buffer in module.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
-    return MoeModel(name=f"small {backbone}", module=module.to(dtype).eval(), random_weights=True)
+        for parameter in module.parameters():  # buffers stay float32, as in a model that is loaded
+            parameter.data = parameter.data.to(dtype)
+    return MoeModel(name=f"small {backbone}", module=module.eval(), random_weights=True)
 
 
 def small_batch(seed: int = 0, lengths: tuple[int, ...] = (29, 22), vlm: bool = True) -> dict[str, torch.Tensor]:
