@@ -166,7 +166,7 @@ def test_every_text_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_special_tokens_are_single_ids(tokenizer: PreTrainedTokenizerFast) -> None:
     named = SPECIAL | {267: "<|reserved_token_267|>", 269: "<|reserved_token_269|>"}
     for token_id, word in named.items():
-        assert ids_of(tokenizer, f"ab{word} ab") == [AB, token_id, ord(" "), AB]
+        assert ids_of(tokenizer, f"ab {word} ab{word}") == [AB, ord(" "), token_id, ord(" "), AB, token_id]
         assert tokenizer.convert_ids_to_tokens(token_id) == word
     assert ids_of(tokenizer, "<|reserved_token_272|>") != [272]
     assert len(tokenizer) == VOCAB_SIZE
