@@ -476,6 +476,8 @@ def test_bad_statistics_files_are_one_clear_line(olmoe: MoeModel, tmp_path: Path
         (tensors, about | {"format_version": 9}, "format version 9 is not 1"),
         (tensors, about | {"beta": "x"}, "are damaged"),
         (tensors, about | {"beta": 2.0}, "beta or tau_factor"),
+        (tensors, about | {"tau_factor": float("inf")}, "beta or tau_factor"),
+        ({name: tensor[:, :, :0].contiguous() for name, tensor in tensors.items()}, about, "count_LMC holds values"),
         ({"count_LMC": tensors["count_LMC"]}, about, "are damaged"),
         (tensors | {"sum_LMCD": tensors["sum_LMCD"][..., 1:].contiguous()}, about, r"sum_LMCD is .* and must be"),
         (tensors | {"count_LMC": -tensors["count_LMC"]}, about, "count_LMC holds values that cannot be"),
