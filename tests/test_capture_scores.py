@@ -219,7 +219,8 @@ def test_padding_and_ended_requests_change_no_score_of_others(olmoe: MoeModel) -
     alone = {name: batch[name][1:, 7:] for name in ("token_ids_BS", "is_token_BS", "is_text_BS")}
     score = AttentionScore()
     score.attach(olmoe)
-    run = run_passes(olmoe, alone | {"pixel_values": batch["pixel_values"][1:]}, num_decode=2, estimators=[score])
+    images = {"pixel_values": batch["pixel_values"][1:]}
+    run = run_passes(olmoe, alone | images, cuts=(4, 15), num_decode=2, estimators=[score])
     score.detach()
     # the made-up tokens of the decode steps differ: compare the prompt
     assert np.abs(run.scores["attention"].numpy()[0, :22] - both[1, 7:29]).max() < 1e-5
@@ -306,7 +307,9 @@ def test_a_mean_far_from_zero_costs_no_precision() -> None:
     assert (
         np.abs(statistics.square_LMCD[0, :, 0].numpy() / statistics.count_LMC[0].numpy() / variance_MD - 1).max() < 1e-4
     )
-    expected = gaussian_scores(x_TD.astype(np.float64), mean_MD[:, None], variance_MD[:, None], np.ones((2, 1)), tau=32.0)
+    expected = gaussian_scores(
+        x_TD.astype(np.float64), mean_MD[:, None], variance_MD[:, None], np.ones((2, 1)), tau=32.0
+    )
     assert np.abs(density.score(0, torch.from_numpy(x_TD)).numpy() - expected).max() < 1e-5
 
 
@@ -379,6 +382,39 @@ def test_responsibilities_weight_the_update() -> None:
     assert shares.flatten(1).tolist() == [pytest.approx([0.75, 0.25, 0, 0]), [0, 0, 0, 0]]
     found = moments(torch.tensor([[1.0], [3.0]]), torch.tensor([[[0.75]], [[0.25]]]))
     assert (found.count_MC.item(), found.mean_MCD.item(), found.deviation_MCD.item()) == (1.0, 1.5, 0.75)
+
+
+def test_a_later_batch_of_a_mixture_is_one_step_of_online_em(olmoe: MoeModel) -> None:
+    """Responsibilities under what was before the batch weight eq. 5-7; here they are written out in float64."""
+    generator = torch.Generator().manual_seed(2)
+    is_text_BS = torch.arange(60)[None] < 40
+    fit, batches = make_fit("gmm2"), [torch.randn(60, 64, generator=generator) for _ in range(2)]
+    fit.attach(olmoe)
+    everything = torch.ones_like(is_text_BS)
+    forward_pass = ForwardPass(
+        phase=Phase.PREFILL, step=0, is_text_BS=is_text_BS, is_token_BS=everything, is_key_BP=everything
+    )
+    for batch_TD in batches:
+        before = [getattr(fit.statistics, name).numpy()[0, 0] for name in ("count_LMC", "sum_LMCD", "square_LMCD")]
+        fit.start_pass(forward_pass)
+        for layer in range(2):
+            fit._take(layer, batch_TD)
+    fit.detach()
+    count_C, sum_CD, square_CD = before
+    mean_CD, variance_CD = sum_CD / count_C[:, None], square_CD / count_C[:, None]
+    x_TD = batches[1].double().numpy()[:40]  # text
+    apart_TC = ((x_TD[:, None] - mean_CD) ** 2 / variance_CD + np.log(variance_CD)).sum(axis=-1)
+    share_TC = count_C * np.exp(-(apart_TC - apart_TC.min(axis=1, keepdims=True)) / 2)
+    share_TC /= share_TC.sum(axis=1, keepdims=True)
+    for c in range(2):
+        mass = share_TC[:, c].sum()
+        batch_mean = share_TC[:, c] @ x_TD / mass
+        within = share_TC[:, c] @ (x_TD - batch_mean) ** 2
+        between = (batch_mean - mean_CD[c]) ** 2 * 0.99 * count_C[c] * mass / (0.99 * count_C[c] + mass)
+        assert fit.statistics.count_LMC[0, 0, c].item() == pytest.approx(0.99 * count_C[c] + mass, rel=1e-5)
+        found = fit.statistics.square_LMCD[0, 0, c].numpy()
+        assert found == pytest.approx(0.99 * square_CD[c] + within + between, rel=1e-4)
+        assert fit.statistics.sum_LMCD[0, 0, c].numpy() == pytest.approx(0.99 * sum_CD[c] + mass * batch_mean, abs=1e-3)
 
 
 def test_a_modality_that_comes_late_is_started_late(olmoe: MoeModel) -> None:

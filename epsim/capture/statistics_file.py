@@ -105,5 +105,9 @@ def _check(path: str | os.PathLike[str], statistics: GaussianStatistics) -> None
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise InputError(f"{path}: {name} is {found} and must be torch.float64 {shape}; fit the statistics again")
-        if not tensor.numel() or not math.isfinite(tensor.sum().item()) or (name != "sum_LMCD" and tensor.min().item() < 0):
+        if (
+            not tensor.numel()
+            or not math.isfinite(tensor.sum().item())
+            or (name != "sum_LMCD" and tensor.min().item() < 0)
+        ):
             raise InputError(f"{path}: {name} holds values that cannot be; fit the statistics again")
