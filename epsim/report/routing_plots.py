@@ -121,14 +121,15 @@ def _distance(ax: Any, ids: Sequence[int], layers: Sequence[Stats], epsilon: flo
     exact = [layer["mrd_distance_nats"] for layer in layers]
     smoothed = [layer["mrd_distance_smoothed_nats"] for layer in layers]
     infinite = [at for at, layer in enumerate(layers) if exact[at] is None and layer["num_one_sided_experts"]]
-    ax.plot(
-        ids, np.array(exact, dtype=np.float64), "o", color=_MRD_COLOUR, markersize=5, label="MRD distance (SMAR eq. 10)"
-    )
+    whole: dict[str, Any] = {"markersize": 5, "clip_on": False}  # markers at the upper edge
+    label = "MRD distance (SMAR eq. 10)"
+    ax.plot(ids, np.array(exact, dtype=np.float64), "o", color=_MRD_COLOUR, label=label, **whole)
     ax.plot(ids, smoothed, "--", color="#555555", linewidth=1, label=f"with {epsilon:g} added to every expert's share")
     if infinite:
         label = "infinite without it: some expert has one modality alone"
         at_height = [smoothed[at] for at in infinite]
-        ax.plot([ids[at] for at in infinite], at_height, "^", color="#555555", markerfacecolor="white", label=label)
+        at_ids = [ids[at] for at in infinite]
+        ax.plot(at_ids, at_height, "^", color="#555555", markerfacecolor="white", label=label, **whole)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("symmetric KL divergence, nats")
 
