@@ -1,15 +1,15 @@
-"""What modality scores cost: ways to carry the attention score, and the whole decoder with and without estimators.
+"""Ways to carry the attention score, timed on the attention of one layer alone.
 
-Run: python benchmarks/attention_score.py [--device cuda --dtype bfloat16 --tokens 2048 --hidden 2048 --layers 16]
+    python benchmarks/attention_score.py [--device cuda --dtype bfloat16 --tokens 2048]
 
-First the attention of one layer alone. The ways to have a mean of the keys' scores beside that of their values:
+What scores cost in a whole model is timed by capture_overhead.py. The ways to have a mean of the keys' scores beside
+that of their values:
   plain     the model's own call, without scores; all ratios are to it
   +1        one more channel in V, sizes of Q, K and V unequal: flash attention does not take it
   equal     Q, K and V zero-padded to one size, a multiple of 8 (for latent attention V to the size of Q and K)
   separate  the model's own call and a second one, whose V is the scores and zeros
   epsim     what epsim does: as equal, but latent attention keeps Q and K (V goes to the next multiple of 8);
             for one query (decode) as separate
-Then a random OLMoE decoder over one prompt, and a decode step behind it, with the estimators attached.
 
 There is no kernel of our own in it. A Triton pass over Q K^T with an online softmax and only scores to mix would leave
 the model's call as it is and do half of its multiplications again: it has to beat the smaller of the ratios of "equal"
@@ -22,24 +22,15 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from epsim.capture.attention_score import AttentionScore, attention_of_scores, attention_with_scores
-from epsim.capture.backbones import reduced_card, text_config
-from epsim.capture.model import ForwardPass, MoeModel
-from epsim.capture.scores import make_fit, make_score
-from epsim.model import ModelCard
-from epsim.scenario import load_model
-from epsim.trace.meta import Phase
+from epsim.capture.attention_score import attention_of_scores, attention_with_scores
 
 SHAPES = {
     "MHA 16 x 128": (16, 16, 128, 128),
@@ -104,63 +95,6 @@ def attention_works(shape: tuple[int, ...], queries: int, keys: int, like: Tenso
     return {"plain": plain, "+1": one_more, "equal": equal, "separate": separate, "epsim": epsim}
 
 
-def small_olmoe(hidden: int, layers: int, device: torch.device, dtype: torch.dtype) -> MoeModel:
-    """Return a random OLMoE decoder: 64 experts, top-8, heads of 128."""
-    card = ModelCard.from_mapping(load_model("olmoe").model_dump())
-    card = reduced_card(card, hidden_size=hidden, num_heads=hidden // 128, expert_ffn_size=hidden // 2)
-    torch.manual_seed(0)
-    with torch.device(device):
-        module = AutoModelForCausalLM.from_config(text_config("olmoe", replace(card, num_layers=layers)), dtype=dtype)
-    return MoeModel(name="random olmoe", module=module.eval(), random_weights=True)
-
-
-def model_works(model: MoeModel, tokens: int, decode: bool) -> dict[str, Callable[[], Any]]:
-    """Return a prefill of `tokens`, or a decode step behind them, with no estimator, each kind, and both."""
-    gaussian = make_score("gaussian", fitted(model, tokens))
-    kinds = {"none": [], "attention": [AttentionScore()], "gaussian": [gaussian], "both": [AttentionScore(), gaussian]}
-    return {name: lambda kind=kind: prefill(model, tokens, kind, decode=decode) for name, kind in kinds.items()}
-
-
-def fitted(model: MoeModel, tokens: int) -> Any:
-    fit = make_fit("gaussian")
-    prefill(model, tokens, [fit])
-    return fit.statistics
-
-
-@torch.inference_mode()
-def prefill(model: MoeModel, tokens: int, estimators: list[Any], decode: bool = False) -> None:
-    """Run one prompt, half of it image, and after it 16 decode steps if asked for."""
-    for estimator in estimators:
-        estimator.attach(model)
-        estimator.start_batch()
-    cache = DynamicCache(config=model.decoder.config)
-    hidden = torch.randn(1, tokens, model.hidden_size, device=model.device, dtype=model.dtype)
-    bounds = [0, tokens] if not decode else [0, *range(tokens - 16, tokens + 1)]
-    for first, last in pairwise(bounds):
-        columns = torch.arange(first, last, device=model.device)[None]
-        forward_pass = ForwardPass(
-            phase=Phase.PREFILL,
-            step=0,
-            is_text_BS=columns >= tokens // 2,
-            is_token_BS=torch.ones_like(columns, dtype=torch.bool),
-            is_key_BP=torch.ones(1, last, dtype=torch.bool, device=model.device),
-        )
-        for estimator in estimators:
-            estimator.start_pass(forward_pass)
-        model.decoder(
-            inputs_embeds=hidden[:, first:last],
-            attention_mask=forward_pass.is_key_BP,
-            position_ids=columns,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        for estimator in estimators:
-            if hasattr(estimator, "scores_BSL"):
-                estimator.scores_BSL()
-    for estimator in estimators:
-        estimator.detach()
-
-
 def show(title: str, found: dict[str, float]) -> None:
     base = next(iter(found.values()))
     cells = (f"{name} {1e3 * value:.2f} ms ({value / base:.2f})" for name, value in found.items())
@@ -172,8 +106,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--tokens", type=int, default=600)
-    parser.add_argument("--hidden", type=int, default=512, help="width of the decoder, a multiple of 128")
-    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -190,9 +122,6 @@ def main() -> None:
             works = attention_works(shape, queries, args.tokens, like)
             with torch.inference_mode():
                 show(f"attention {what} {name}", medians_s(works, device, args.repeats))
-    model = small_olmoe(args.hidden, args.layers, device, dtype)
-    for what, decode in (("prefill", False), ("prefill and 16 decode steps", True)):
-        show(f"decoder {what}", medians_s(model_works(model, args.tokens, decode), device, args.repeats))
 
 
 if __name__ == "__main__":

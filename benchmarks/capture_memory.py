@@ -8,7 +8,6 @@ what tracing takes beside the model. Passes alternate between a prefill of 32 pr
 
 import argparse
 import platform
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -48,14 +47,16 @@ def record(meta: TraceMeta, first_id: int, step: int, generator: torch.Generator
     )
 
 
-def resident_bytes() -> int:
-    """Return the resident size of this process now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def forget_peak() -> int:
+    """Let the peak of this process's resident memory begin anew, and return it, in bytes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
 
 
 def peak_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the largest resident size of this process since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     )
     generator = torch.Generator().manual_seed(0)
     passes = [record(meta, 0, step, generator) for step in range(NUM_STEPS + 1)]  # made once: only streaming counts
-    start_bytes = resident_bytes()
+    start_bytes = forget_peak()
     with tempfile.TemporaryDirectory() as folder:
         path, start = Path(folder) / "t.arrow", time.perf_counter()
         with TraceWriter(path, meta) as writer, TraceStream(writer) as stream:

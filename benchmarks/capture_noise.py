@@ -1,12 +1,12 @@
-"""Do chunks and batch sizes change what is recorded? The share of routed (token, layer) pairs with other experts.
+"""Do chunks, batch sizes and scores change what is recorded? The share of (token, layer) pairs with other experts.
 
     python benchmarks/capture_noise.py [--device cuda --full --backbones olmoe]
 
-The same requests with images are captured four times: whole prefill in batches of 8 (what the others are compared
-with), in chunks of 100 columns, one request at a time, and whole again. Sums in another order differ in the last bits,
-and where two experts are closer than that, the pick flips; the layers after it then see another input. Prefill only: a
-flip can change the next token, and with it all that is decoded. Weights are random: trained routers are mostly further
-from ties.
+The same requests with images are captured five times: whole prefill in batches of 8 (what the others are compared
+with), in chunks of 100 columns, one request at a time, with the attention score in the model's attention call, and
+whole again. Sums in another order differ in the last bits, and where two experts are closer than that, the pick flips;
+the layers after it then see another input. Prefill only: a flip can change the next token, and with it all that is
+decoded. Weights are random: trained routers are mostly further from ties.
 """
 
 import argparse
@@ -26,7 +26,12 @@ from epsim.console import count_requests
 from epsim.trace.file import TraceFile
 from epsim.trace.routing import RoutingTrace
 
-RUNS = {"chunks of 100": {"chunk_size": 100}, "batch 1": {"batch_size": 1}, "again": {}}
+RUNS = {
+    "chunks of 100": {"chunk_size": 100},
+    "batch 1": {"batch_size": 1},
+    "scores": {"scores": ("attention",)},
+    "again": {},
+}
 
 
 def capture(options: CaptureOptions, folder: Path) -> RoutingTrace:

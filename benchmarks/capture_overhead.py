@@ -5,7 +5,7 @@
 
 Prefill and decode are timed apart; "plain" is the same loop with nothing attached. The variants take turns within each
 repetition, and what is printed is the median over repetitions of the ratio to the plain run of the same repetition.
-Random weights and random tokens, of which half count as vision: what is recorded does not depend on their values.
+Random weights and random tokens, of which half count as vision: the cost of recording does not depend on their values.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from epsim.capture.attention_score import AttentionScore, attention_of_scores, attention_with_scores, combine
 from epsim.capture.gaussian_score import GaussianFit, GaussianScore
-from epsim.capture.gaussian_statistics import Density, FittedModel, GaussianStatistics, hard_weights, moments
+from epsim.capture.gaussian_statistics import Density, FittedModel, GaussianStatistics, hard_weights, moments, stacked
 from epsim.capture.mixture import responsibilities, seed_components
 from epsim.capture.model import ForwardPass, MoeModel
 from epsim.capture.scores import SCORE_NAMES, ScoreEstimator, make_fit, make_score
@@ -77,6 +77,12 @@ def num_hooks(model: MoeModel) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.module.modules())
 
 
+def take_in(statistics: GaussianStatistics, x_LTD: torch.Tensor, is_text_T: torch.Tensor) -> None:
+    """Update statistics of one Gaussian per modality by one batch of tokens."""
+    weight_TMC = hard_weights(is_text_T, torch.ones_like(is_text_T)).unsqueeze(-1)
+    statistics.absorb(stacked([moments(x_TD, weight_TMC) for x_TD in x_LTD]))
+
+
 # --- by hand -------------------------------------------------------------------------------------------------------
 
 
@@ -125,13 +131,11 @@ def test_eq_5_to_7_of_two_batches_by_hand() -> None:
     S_mu = 5: mean 10.
     """
     statistics = GaussianStatistics.empty(FITTED, beta=0.5)
-    true = torch.tensor([True, True, False, True])
-    x_LTD = torch.tensor([[[1.0], [3.0], [10.0], [float("nan")]]])
-    statistics.update(x_LTD, true, torch.tensor([True, True, True, False]))
+    take_in(statistics, torch.tensor([[[1.0], [3.0], [10.0]]]), torch.tensor([True, True, False]))
     assert statistics.count_LMC.flatten().tolist() == [2, 1]
     assert statistics.sum_LMCD.flatten().tolist() == [4, 10]
     assert statistics.square_LMCD.flatten().tolist() == [2, 0]
-    statistics.update(torch.tensor([[[6.0]]]), torch.tensor([True]), torch.tensor([True]))
+    take_in(statistics, torch.tensor([[[6.0]]]), torch.tensor([True]))
     assert statistics.count_LMC.flatten().tolist() == [2, 0.5]
     assert statistics.sum_LMCD.flatten().tolist() == [8, 5]
     assert statistics.square_LMCD.flatten().tolist() == [9, 0]
@@ -215,7 +219,8 @@ def test_padding_and_ended_requests_change_no_score_of_others(olmoe: MoeModel) -
     alone = {name: batch[name][1:, 7:] for name in ("token_ids_BS", "is_token_BS", "is_text_BS")}
     score = AttentionScore()
     score.attach(olmoe)
-    run = run_passes(olmoe, alone | {"pixel_values": batch["pixel_values"][1:]}, num_decode=2, estimators=[score])
+    images = {"pixel_values": batch["pixel_values"][1:]}
+    run = run_passes(olmoe, alone | images, cuts=(4, 15), num_decode=2, estimators=[score])
     score.detach()
     # the made-up tokens of the decode steps differ: compare the prompt
     assert np.abs(run.scores["attention"].numpy()[0, :22] - both[1, 7:29]).max() < 1e-5
@@ -290,20 +295,22 @@ def test_gaussian_score_is_that_of_explicit_statistics(name: str, dtype: torch.d
 
 
 def test_a_mean_far_from_zero_costs_no_precision() -> None:
-    """x around 1000 with deviation 0.1, where squares lose all in float32 unless the mean is taken off first."""
+    """x around 10000 with deviation 0.01, where squares lose all in float32 unless the mean is taken off first."""
     rng = np.random.default_rng(0)
-    x_TD = (1000 + 0.1 * rng.standard_normal((500, 64))).astype(np.float32)
+    x_TD = (10000 + 0.01 * rng.standard_normal((500, 64))).astype(np.float32)
     is_text_T = rng.random(500) < 0.3
-    x_TD[is_text_T] += np.float32(0.05)
+    x_TD[is_text_T] += np.float32(0.005)
     statistics = GaussianStatistics.empty(replace(FITTED, hidden_size=64))
-    statistics.update(torch.from_numpy(x_TD)[None], torch.from_numpy(is_text_T), torch.ones(500, dtype=torch.bool))
+    take_in(statistics, torch.from_numpy(x_TD)[None], torch.from_numpy(is_text_T))
     mean_MD, variance_MD = ema_statistics([(x_TD.astype(np.float64), is_text_T)], 0.99)
     density = statistics.density()
     assert (
         np.abs(statistics.square_LMCD[0, :, 0].numpy() / statistics.count_LMC[0].numpy() / variance_MD - 1).max() < 1e-4
     )
-    expected = gaussian_scores(x_TD, mean_MD[:, None], variance_MD[:, None], np.ones((2, 1)), tau=32.0)
-    assert np.abs(density.score(0, torch.from_numpy(x_TD)).numpy() - expected).max() < 1e-4
+    expected = gaussian_scores(
+        x_TD.astype(np.float64), mean_MD[:, None], variance_MD[:, None], np.ones((2, 1)), tau=32.0
+    )
+    assert np.abs(density.score(0, torch.from_numpy(x_TD)).numpy() - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gaussian", "gmm2", "gmm4"])
@@ -375,6 +382,39 @@ def test_responsibilities_weight_the_update() -> None:
     assert shares.flatten(1).tolist() == [pytest.approx([0.75, 0.25, 0, 0]), [0, 0, 0, 0]]
     found = moments(torch.tensor([[1.0], [3.0]]), torch.tensor([[[0.75]], [[0.25]]]))
     assert (found.count_MC.item(), found.mean_MCD.item(), found.deviation_MCD.item()) == (1.0, 1.5, 0.75)
+
+
+def test_a_later_batch_of_a_mixture_is_one_step_of_online_em(olmoe: MoeModel) -> None:
+    """Responsibilities under what was before the batch weight eq. 5-7; here they are written out in float64."""
+    generator = torch.Generator().manual_seed(2)
+    is_text_BS = torch.arange(60)[None] < 40
+    fit, batches = make_fit("gmm2"), [torch.randn(60, 64, generator=generator) for _ in range(2)]
+    fit.attach(olmoe)
+    everything = torch.ones_like(is_text_BS)
+    forward_pass = ForwardPass(
+        phase=Phase.PREFILL, step=0, is_text_BS=is_text_BS, is_token_BS=everything, is_key_BP=everything
+    )
+    for batch_TD in batches:
+        before = [getattr(fit.statistics, name).numpy()[0, 0] for name in ("count_LMC", "sum_LMCD", "square_LMCD")]
+        fit.start_pass(forward_pass)
+        for layer in range(2):
+            fit._take(layer, batch_TD)
+    fit.detach()
+    count_C, sum_CD, square_CD = before
+    mean_CD, variance_CD = sum_CD / count_C[:, None], square_CD / count_C[:, None]
+    x_TD = batches[1].double().numpy()[:40]  # text
+    apart_TC = ((x_TD[:, None] - mean_CD) ** 2 / variance_CD + np.log(variance_CD)).sum(axis=-1)
+    share_TC = count_C * np.exp(-(apart_TC - apart_TC.min(axis=1, keepdims=True)) / 2)
+    share_TC /= share_TC.sum(axis=1, keepdims=True)
+    for c in range(2):
+        mass = share_TC[:, c].sum()
+        batch_mean = share_TC[:, c] @ x_TD / mass
+        within = share_TC[:, c] @ (x_TD - batch_mean) ** 2
+        between = (batch_mean - mean_CD[c]) ** 2 * 0.99 * count_C[c] * mass / (0.99 * count_C[c] + mass)
+        assert fit.statistics.count_LMC[0, 0, c].item() == pytest.approx(0.99 * count_C[c] + mass, rel=1e-5)
+        found = fit.statistics.square_LMCD[0, 0, c].numpy()
+        assert found == pytest.approx(0.99 * square_CD[c] + within + between, rel=1e-4)
+        assert fit.statistics.sum_LMCD[0, 0, c].numpy() == pytest.approx(0.99 * sum_CD[c] + mass * batch_mean, abs=1e-3)
 
 
 def test_a_modality_that_comes_late_is_started_late(olmoe: MoeModel) -> None:
@@ -476,6 +516,8 @@ def test_bad_statistics_files_are_one_clear_line(olmoe: MoeModel, tmp_path: Path
         (tensors, about | {"format_version": 9}, "format version 9 is not 1"),
         (tensors, about | {"beta": "x"}, "are damaged"),
         (tensors, about | {"beta": 2.0}, "beta or tau_factor"),
+        (tensors, about | {"tau_factor": float("inf")}, "beta or tau_factor"),
+        ({name: tensor[:, :, :0].contiguous() for name, tensor in tensors.items()}, about, "count_LMC holds values"),
         ({"count_LMC": tensors["count_LMC"]}, about, "are damaged"),
         (tensors | {"sum_LMCD": tensors["sum_LMCD"][..., 1:].contiguous()}, about, r"sum_LMCD is .* and must be"),
         (tensors | {"count_LMC": -tensors["count_LMC"]}, about, "count_LMC holds values that cannot be"),

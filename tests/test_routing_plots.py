@@ -134,7 +134,7 @@ def test_every_figure_names_the_trace_and_says_mock() -> None:
     figures = [_distribution(stats), _measures(stats), _experts(stats), score_figure(stats, "attention", None)]
     for figure in figures:
         text = " ".join(figure.get_supxlabel().split())
-        assert "/out/$x_1$ ünï 画.arrow. routing: captured, from MOCK tokens: made up" in text
+        assert "/out/$x_1$ ünï 画.arrow. routing: captured, MOCK: made up" in text
     assert sorted(draw_routing(stats, sample_request(trace))) == FIGURES
 
 

@@ -359,7 +359,7 @@ def test_the_tables_fit_and_say_where_the_routing_is_from(command: Callable[...,
     code, out, err = command(captured_like(layer_ids=range(48)), "--placement", "modality_bins")
     assert (code, err) == (0, "")
     assert max(len(line) for line in out.splitlines()) <= 100
-    assert out.splitlines()[0] == "routing: captured, from MOCK tokens: made up"
+    assert out.splitlines()[0] == "routing: captured, MOCK: made up"
     assert "In sample: placement modality_bins is fitted to this very trace" in out
     assert "nan" not in out.lower()
 

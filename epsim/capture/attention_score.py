@@ -173,7 +173,7 @@ def attention_with_scores(
 
     The values get zeros up to the next multiple of 8, and the channel. Queries and keys of the same size get zeros
     too: with unequal sizes flash attention and grouped queries would be lost. Where values are smaller from the start
-    (latent attention) queries and keys stay: either way the kernel is of the kind that the model uses without scores.
+    (latent attention) queries and keys stay: flash attention takes no unequal sizes, with scores or without.
 
     Args:
         module: the attention module, which knows its number of query heads per key head.

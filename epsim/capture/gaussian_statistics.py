@@ -140,19 +140,6 @@ class GaussianStatistics:
         self.sum_LMCD = self.beta * self.sum_LMCD + batch.count_MC.unsqueeze(-1) * batch.mean_MCD
         self.count_LMC = faded + batch.count_MC
 
-    def update(self, x_LTD: Tensor, is_text_T: Tensor, is_token_T: Tensor) -> None:
-        """Take in one batch of hard labels at one Gaussian per modality.
-
-        Args:
-            x_LTD: float [L, T, D], the vectors of the batch in every MoE layer.
-            is_text_T: bool [T], text rather than vision.
-            is_token_T: bool [T], False for padding, whose vectors may hold anything.
-        """
-        assert self.num_components == 1
-        weight_TMC = hard_weights(is_text_T, is_token_T).unsqueeze(-1)
-        x_LTD = torch.where(is_token_T[:, None], x_LTD, 0.0)
-        self.absorb(stacked([moments(x_TD, weight_TMC) for x_TD in x_LTD]))
-
     def missing_modalities(self) -> list[str]:
         """Return the names of the modalities that no token was of, in any layer. Waits for the device."""
         seen_M = (self.count_LMC.sum(dim=-1) > 0).all(dim=0).tolist()
@@ -207,6 +194,7 @@ class Density:
         """Return the density of components with these means, variances and weights, float64."""
         mass_LMC1 = weight_LMC.unsqueeze(-1)
         centre_LD = (mass_LMC1 * mean_LMCD).sum(dim=(1, 2)) / mass_LMC1.sum(dim=(1, 2)).clamp_min(_TINY)
+        centre_LD = centre_LD.to(torch.float32).to(torch.float64)  # what x is compared with, to the bit
         mean_LAD = (mean_LMCD - centre_LD[:, None, None]).flatten(1, 2)
         variance_LAD = variance_LMCD.flatten(1, 2)
         constant_LA = -0.5 * (variance_LAD.log() + mean_LAD.square() / variance_LAD).sum(dim=-1)

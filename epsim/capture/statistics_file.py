@@ -96,7 +96,7 @@ def _model(about: dict[str, Any]) -> FittedModel:
 def _check(path: str | os.PathLike[str], statistics: GaussianStatistics) -> None:
     """Raise InputError unless the sums have the shapes that the metadata says, and can be sums."""
     model, count = statistics.model, statistics.count_LMC
-    if not (0 < statistics.beta <= 1 and statistics.tau_factor > 0):
+    if not (0 < statistics.beta <= 1 and 0 < statistics.tau_factor < math.inf):
         raise InputError(f"{path}: beta or tau_factor holds a value that cannot be; fit the statistics again")
     rows = (len(model.layer_ids), NUM_MODALITIES, count.shape[-1] if count.ndim else 0)
     shapes = {"count_LMC": rows, "sum_LMCD": (*rows, model.hidden_size), "square_LMCD": (*rows, model.hidden_size)}
@@ -105,5 +105,9 @@ def _check(path: str | os.PathLike[str], statistics: GaussianStatistics) -> None
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise InputError(f"{path}: {name} is {found} and must be torch.float64 {shape}; fit the statistics again")
-        if not math.isfinite(tensor.sum().item()) or (name != "sum_LMCD" and tensor.min().item() < 0):
+        if (
+            not tensor.numel()
+            or not math.isfinite(tensor.sum().item())
+            or (name != "sum_LMCD" and tensor.min().item() < 0)
+        ):
             raise InputError(f"{path}: {name} holds values that cannot be; fit the statistics again")

@@ -1,4 +1,4 @@
-"""What figures of routing share: `panels`, `chosen_layers`, `footer`, and one colour for each modality.
+"""What figures of routing share: `panels`, `shown_layers`, `footer`, and one colour for each modality.
 
 The colours (Okabe and Ito's orange and blue) differ for colour-blind readers and in grey.
 """
@@ -13,14 +13,14 @@ from epsim.report.origin import origin_line
 MODALITY_COLOURS = {"vision": "#e69f00", "text": "#0072b2"}
 NOTHING_COLOUR = "#999999"
 _CHARACTERS_PER_INCH = 15  # of the footer's 8 points
-_COLUMNS = 4
+COLUMNS = 4
 
 
 def panels(number: int, *, sharey: bool) -> tuple[Any, list[Any]]:
     """Return a figure and `number` axes in it, in rows of up to four; those of one row and column line up."""
     import matplotlib.pyplot as plt
 
-    columns = min(number, _COLUMNS)
+    columns = min(number, COLUMNS)
     rows = math.ceil(number / columns)
     size = (max(8.0, 3.1 * columns), 1.5 + 1.8 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
@@ -34,6 +34,18 @@ def chosen_layers(layers: Sequence[Any], most: int) -> list[Any]:
     if len(layers) <= most:
         return list(layers)
     return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
+
+
+def shown_layers(stats: Mapping[str, Any], most: int) -> tuple[list[Any], str]:
+    """Return at most `most` of the layers, and what a title says if these are not all."""
+    layers, number = chosen_layers(stats["layers"], most), len(stats["layers"])
+    return layers, f" ({len(layers)} of {number} MoE layers)" if len(layers) < number else ""
+
+
+def label_layer_rows(ax: Any, layers: Sequence[Mapping[str, Any]], most: int) -> None:
+    """Label the rows of a map, one per layer, with the layers' ids: at most `most` of them."""
+    rows = chosen_layers(range(len(layers)), most)
+    ax.set_yticks(rows, [str(layers[at]["layer_id"]) for at in rows])
 
 
 def modality_colour_map() -> Any:

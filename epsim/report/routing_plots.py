@@ -11,8 +11,16 @@ from urllib.parse import quote
 import numpy as np
 
 from epsim.report.figure import figure_style, png
-from epsim.report.routing_panels import MODALITY_COLOURS, chosen_layers, footer, modality_colour_map, panels
+from epsim.report.routing_panels import (
+    MODALITY_COLOURS,
+    footer,
+    label_layer_rows,
+    modality_colour_map,
+    panels,
+    shown_layers,
+)
 from epsim.report.score_plots import score_figure
+from epsim.report.trace_stats import missing_modality
 
 MOST_PANELS = 16
 _MSI_COLOUR, _JSD_COLOUR, _MRD_COLOUR = "#000000", "#009e73", "#cc79a7"
@@ -40,8 +48,7 @@ def left_out(stats: Stats) -> list[str]:
     trace = stats["trace"]
     lines = []
     if not trace["has_both_modalities"]:
-        missing = "text" if trace["num_tokens"]["prefill_vision"] else "vision"
-        lines.append(f"no figures of specialisation: the trace has no {missing} tokens")
+        lines.append(f"no figures of specialisation: the trace has no {missing_modality(trace)} tokens")
     if not trace["estimators"]:
         lines.append("no figures of modality scores: the trace has none")
     return lines
@@ -49,14 +56,13 @@ def left_out(stats: Stats) -> list[str]:
 
 def _distribution(stats: Stats) -> Any:
     """Routed pairs of each expert, vision below text, experts by text bias, as SMoES figures 6 and S2 to S4."""
-    layers = chosen_layers(stats["layers"], MOST_PANELS)
+    layers, some = shown_layers(stats, MOST_PANELS)
     has_both, num_bins = stats["trace"]["has_both_modalities"], stats["parameters"]["num_bins"]
     figure, axes = panels(len(layers), sharey=True)
     for ax, layer in zip(axes, layers, strict=True):
         _stacked(ax, layer, num_bins, by_bias=has_both)
         msi = f", MSI {layer['msi']:.2f}" if has_both else ""
         ax.set_title(f"layer {layer['layer_id']}{msi}", fontsize=9)
-    some = f" ({len(layers)} of {len(stats['layers'])} MoE layers)" if len(layers) < len(stats["layers"]) else ""
     order = "sorted by text bias in each layer" if has_both else "by expert id"
     figure.suptitle(f"Routed pairs of each expert, by modality of the token{some}", fontsize=11, x=0.01, ha="left")
     figure.supylabel("routed (token, expert) pairs", fontsize=9)
@@ -115,14 +121,15 @@ def _distance(ax: Any, ids: Sequence[int], layers: Sequence[Stats], epsilon: flo
     exact = [layer["mrd_distance_nats"] for layer in layers]
     smoothed = [layer["mrd_distance_smoothed_nats"] for layer in layers]
     infinite = [at for at, layer in enumerate(layers) if exact[at] is None and layer["num_one_sided_experts"]]
-    ax.plot(
-        ids, np.array(exact, dtype=np.float64), "o", color=_MRD_COLOUR, markersize=5, label="MRD distance (SMAR eq. 10)"
-    )
+    whole: dict[str, Any] = {"markersize": 5, "clip_on": False}  # markers at the upper edge
+    label = "MRD distance (SMAR eq. 10)"
+    ax.plot(ids, np.array(exact, dtype=np.float64), "o", color=_MRD_COLOUR, label=label, **whole)
     ax.plot(ids, smoothed, "--", color="#555555", linewidth=1, label=f"with {epsilon:g} added to every expert's share")
     if infinite:
         label = "infinite without it: some expert has one modality alone"
         at_height = [smoothed[at] for at in infinite]
-        ax.plot([ids[at] for at in infinite], at_height, "^", color="#555555", markerfacecolor="white", label=label)
+        at_ids = [ids[at] for at in infinite]
+        ax.plot(at_ids, at_height, "^", color="#555555", markerfacecolor="white", label=label, **whole)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("symmetric KL divergence, nats")
 
@@ -142,8 +149,7 @@ def _experts(stats: Stats) -> Any:
     )  # fmt: skip
     bar = figure.colorbar(image, ax=ax, label="specialisation score")
     bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=["-1 vision only", "-0.5", "0 both alike", "0.5", "1 text only"])
-    rows = [round(at) for at in np.linspace(0, num_layers - 1, min(num_layers, 24))]
-    ax.set_yticks(rows, [str(stats["layers"][at]["layer_id"]) for at in rows])
+    label_layer_rows(ax, stats["layers"], 24)
     ax.set_ylabel("MoE layer (id in the model)")
     idle = "; grey: never chosen" if np.isnan(scores_LE).any() else ""
     figure.suptitle("Specialisation of the experts of each MoE layer", fontsize=11)

@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from epsim.report.routing_panels import MODALITY_COLOURS, chosen_layers, footer, modality_colour_map
+from epsim.report.routing_panels import (
+    COLUMNS,
+    MODALITY_COLOURS,
+    footer,
+    label_layer_rows,
+    modality_colour_map,
+    shown_layers,
+)
 
 MOST_PANELS = 12
-_COLUMNS = 4
 
 Stats = Mapping[str, Any]
 
@@ -21,8 +27,8 @@ def score_figure(stats: Stats, estimator: str, sample: Stats | None) -> Any:
     """Return the figure of one estimator: histograms of layers above, the map of the sample request below."""
     import matplotlib.pyplot as plt
 
-    layers = chosen_layers(stats["layers"], MOST_PANELS)
-    columns = min(len(layers), _COLUMNS)
+    layers, some = shown_layers(stats, MOST_PANELS)
+    columns = min(len(layers), COLUMNS)
     rows = math.ceil(len(layers) / columns)
     heights = [1.6] * rows + ([0.2, 2.6] if sample else [])
     figure = plt.figure(figsize=(max(8.0, 3.1 * columns), 1.6 + sum(heights)), layout="constrained")
@@ -32,7 +38,6 @@ def score_figure(stats: Stats, estimator: str, sample: Stats | None) -> Any:
     figure.legend(*shown, loc="outside upper right", ncols=2)
     if sample:
         _sample_map(figure, (grid[rows, :], grid[rows + 1, :]), stats, estimator, sample)
-    some = f" ({len(layers)} of {len(stats['layers'])} MoE layers)" if len(layers) < len(stats["layers"]) else ""
     figure.suptitle(f"Soft modality scores by estimator {estimator}{some}", fontsize=11, x=0.01, ha="left")
     footer(figure, stats)
     return figure
@@ -80,8 +85,7 @@ def _sample_map(figure: Any, places: tuple[Any, Any], stats: Stats, estimator: s
     strip.set_yticks([0.5], ["given"])
     strip.tick_params(labelbottom=False, length=0)
     strip.set_title(f"prompt of request {sample['request_id']}: score of each token in each layer", fontsize=9)
-    rows = [round(at) for at in np.linspace(0, num_layers - 1, min(num_layers, 8))]
-    ax.set_yticks(rows, [str(stats["layers"][at]["layer_id"]) for at in rows])
+    label_layer_rows(ax, stats["layers"], 8)
     ax.set_ylabel("MoE layer")
     ax.set_xlabel("position in the prompt")
     bar = figure.colorbar(image, ax=ax, label="score")

@@ -44,7 +44,7 @@ def notes(stats: Stats) -> Iterator[str]:
     trace, parameters, overall = stats["trace"], stats["parameters"], stats["overall"]
     has_both = trace["has_both_modalities"]
     if not has_both:
-        yield f"The trace has no {_missing(trace)} tokens: what compares vision and text is not defined (-)."
+        yield f"The trace has no {missing_modality(trace)} tokens: what compares vision and text is not defined (-)."
     yield from _fitted_notes(parameters, has_both)
     if not trace["has_gate_weights"]:
         yield "The trace has no gate weights: no MRD distance."
@@ -168,7 +168,8 @@ def _ratio_table(stats: Stats) -> Table:
     return table
 
 
-def _missing(trace: Stats) -> str:
+def missing_modality(trace: Stats) -> str:
+    """Return which modality a trace without both has no tokens of."""
     return "text" if trace["num_tokens"]["prefill_vision"] else "vision"
 
 

@@ -37,7 +37,6 @@ class Spread:
             raise PlacementError(f"devices: {self.num_devices} must be 1 or more")
         if self.homes not in ("by_modality", "balanced"):
             raise PlacementError(f"homes: {self.homes!r} is not one of by_modality, balanced")
-
         if self.placement not in _NAMED and not Path(self.placement).is_file():
             raise PlacementError(
                 f"placement: {self.placement!r} is neither a policy nor a file; write {', '.join(_NAMED)}, "
