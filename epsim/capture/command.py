@@ -139,7 +139,7 @@ def _fit(
                     model, batch.to(model.device), watchers=fits, chunk_size=options.chunk_size, decode=False
                 )
                 for chunk in chunks:
-                    advance(0, chunk.token_ids_BS.numel())
+                    advance(0, chunk.num_tokens)
                 advance(len(batch.request_ids_B), 0)
         return {name: fit.statistics for name, fit in zip(names, fits, strict=True)}
     finally:
