@@ -35,7 +35,7 @@ def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, wo
         RUN: {
             "options": options.to_mapping(),
             "model": dict(how),
-            "processor": processor.origin,
+            "processor": {**processor.origin, "eos_token_ids": sorted(processor.eos_token_ids)},
             "requests": workload.provenance,
             "statistics_sha256": [_sha256(Path(file)) for file in options.statistics],
             "num_threads": torch.get_num_threads(),
@@ -48,7 +48,7 @@ def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, wo
         topk=shape.topk,
         model=model.name,
         origin="captured",
-        description=json.dumps(description, sort_keys=False),
+        description=json.dumps(description),
         seed=options.model.seed,
         software=f"epsim {__version__}, torch {how['torch']}, transformers {how['transformers']}",
         mock=model.random_weights or options.requests.mock,
