@@ -70,13 +70,15 @@ def trace(
     from epsim.capture.extra import require_trace_extra
 
     if repeat is not None:
-        _require_nothing_given(context, "output", "repeat", "compress")
+        _require_nothing_given(context, "output", "repeat")
         require_trace_extra()
-        _say_and_exit(output, _repeated(repeat, output, compress))
+        _say_and_exit(output, _repeated(repeat, output))
         return
     from epsim.capture.options import SCORE_NAMES, CaptureOptions, RequestSource
     from epsim.capture.source import ModelSource
 
+    if not mock:
+        _require_not_given(context, "is of --mock requests", "text_tokens", "images")
     if requests is None and builtin is None and not mock:
         builtin = "text" if text_only else "mixed"
     options = CaptureOptions(
@@ -95,7 +97,7 @@ def trace(
             path=None if requests is None else str(requests),
             builtin=builtin,
             mock=mock,
-            num_requests=num_requests if requests is not None or num_requests is not None else 8,
+            num_requests=num_requests,
             seed=seed,
             text_tokens=text_tokens,
             images=images,
@@ -106,24 +108,25 @@ def trace(
         scores={"all": SCORE_NAMES, "none": ()}.get(scores, tuple(scores.split(","))),
         statistics=tuple(str(path) for path in statistics or ()),
         num_threads=threads,
+        compress=compress,
         note=note,
     )
     require_trace_extra()
-    _say_and_exit(output, _captured(options, output, compress))
+    _say_and_exit(output, _captured(options, output))
 
 
-def _captured(options: Any, output: Path, compress: bool) -> Any:
+def _captured(options: Any, output: Path) -> Any:
     from epsim.capture.command import capture_trace
 
-    return capture_trace(options, output, count=count_requests, say=_say, compression="zstd" if compress else None)
+    return capture_trace(options, output, count=count_requests, say=_say)
 
 
-def _repeated(source: Path, output: Path, compress: bool) -> Any:
+def _repeated(source: Path, output: Path) -> Any:
     from epsim.capture.command import repeat_trace
 
     if source.resolve() == output.resolve():
         raise InputError(f"{output}: is the trace that is repeated; name another file with -o")
-    return repeat_trace(source, output, count=count_requests, say=_say, compression="zstd" if compress else None)
+    return repeat_trace(source, output, count=count_requests, say=_say)
 
 
 def _say(line: str) -> None:
@@ -144,8 +147,13 @@ def _say_and_exit(output: Path, outcome: Any) -> None:
 
 def _require_nothing_given(context: typer.Context, *allowed: str) -> None:
     """Raise InputError if another option than the allowed ones is on the command line."""
-    for name in context.params:
+    what = f"trace {context.invoked_subcommand}" if context.invoked_subcommand else "--repeat"
+    others = (name for name in context.params if name not in allowed)
+    _require_not_given(context, f"is of a new capture and not of {what}", *others)
+
+
+def _require_not_given(context: typer.Context, why: str, *names: str) -> None:
+    for name in names:
         source = context.get_parameter_source(name)
-        if name not in allowed and source is not None and source.name == "COMMANDLINE":
-            what = f"trace {context.invoked_subcommand}" if context.invoked_subcommand else "--repeat"
-            raise InputError(f"--{name.replace('_', '-')}: is of a new capture and not of {what}; leave it out")
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"--{name.replace('_', '-')}: {why}; leave it out")
