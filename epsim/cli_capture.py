@@ -1,6 +1,7 @@
 """`epsim trace` itself: the options of a capture, its progress bar, and what is said at its end."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,7 @@ def trace(
     if repeat is not None:
         _require_nothing_given(context, "output", "repeat")
         require_trace_extra()
-        _say_and_exit(output, _repeated(repeat, output))
+        _run_and_say(output, lambda: _repeated(repeat, output))
         return
     from epsim.capture.options import SCORE_NAMES, CaptureOptions, RequestSource
     from epsim.capture.source import ModelSource
@@ -112,7 +113,7 @@ def trace(
         note=note,
     )
     require_trace_extra()
-    _say_and_exit(output, _captured(options, output))
+    _run_and_say(output, lambda: _captured(options, output))
 
 
 def _captured(options: Any, output: Path) -> Any:
@@ -133,8 +134,13 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _say_and_exit(output: Path, outcome: Any) -> None:
+def _run_and_say(output: Path, run: Callable[[], Any]) -> None:
     """Say what the trace holds; if something ended the capture early, what, and exit with a code that tells."""
+    try:
+        outcome = run()
+    except KeyboardInterrupt:
+        typer.echo(f"epsim: interrupted before anything was done; {output} is not written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     held = f"{outcome.num_requests} requests, {outcome.num_tokens} tokens"
     if outcome.stopped_by is None:
         typer.echo(f"wrote {output}: {held}", err=True)

@@ -149,6 +149,17 @@ def test_memory_that_runs_out_in_the_first_pass_is_one_line(cli: Cli, monkeypatc
     assert said.endswith("epsim: cpu: out of memory; write a smaller --batch-size or --chunk-size\n")
 
 
+def test_ctrl_c_before_anything_is_done_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("epsim.capture.model.MoeModel.embed", interrupt)
+    code, _, said = cli("trace", *SMALL, "--num-requests", 1, "-o", "t.arrow")
+    assert code == 130
+    assert said.endswith("epsim: interrupted before anything was done; t.arrow is not written\n")
+    assert not list(cli.folder.iterdir())
+
+
 def test_the_bar_says_tokens_per_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
     monkeypatch.setenv("COLUMNS", "120")
