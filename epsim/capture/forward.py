@@ -159,5 +159,5 @@ class _Run:
         assert self.last_hidden_BD is not None
         logits_BV: Tensor = self.model.module.lm_head(self.last_hidden_BD)
         for token_id in self.model.suppressed_token_ids:  # a list of them would be copied, and waited for
-            logits_BV[:, token_id] = -torch.inf
+            logits_BV[:, token_id].fill_(-torch.inf)
         return logits_BV.argmax(1)
