@@ -4,7 +4,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ from epsim.capture.batches import Batch
 from epsim.capture.capture import capture_batches
 from epsim.capture.forward import run_batch
 from epsim.capture.model import MoeModel
+from epsim.capture.options import CaptureOptions, RequestSource
+from epsim.capture.provenance import make_meta
+from epsim.capture.source import ModelSource
 from epsim.capture.stream import DiskFullError, PassRecord, TraceStream
 from epsim.errors import CapacityError, EpsimError, InputError
 from epsim.trace import Modality, Phase, RoutingTrace, TraceMeta, check_trace
@@ -357,3 +362,27 @@ def test_prefill_alone() -> None:
     passes = list(run_batch(small_model("olmoe"), make_batch(), decode=False, chunk_size=10))
     assert [tokens.token_ids_BS.shape[1] for tokens in passes] == [10, 10, 9]
     assert [tokens.ends_prefill for tokens in passes] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("random_weights", "requests", "scores", "seed"),
+    [
+        (False, {"path": "p.jsonl"}, ("attention",), None),
+        (False, {"path": "p.jsonl"}, ("gmm2",), 3),
+        (False, {"mock": True}, (), 3),
+        (True, {"path": "p.jsonl"}, (), 3),
+    ],
+)
+def test_a_trace_has_a_seed_if_something_was_drawn(
+    random_weights: bool, requests: dict[str, Any], scores: tuple[str, ...], seed: int | None
+) -> None:
+    how = {"device": "cpu", "dtype": "float32", "torch": "2", "transformers": "5"}
+    model = replace(small_model("olmoe"), random_weights=random_weights, source=how)
+    options = CaptureOptions(
+        model=ModelSource(checkpoint="a/b", seed=3), requests=RequestSource(**requests), scores=scores
+    )
+    processor: Any = SimpleNamespace(origin={}, eos_token_ids=frozenset({2}))
+    workload: Any = SimpleNamespace(words="some", provenance={})
+    meta = make_meta(options, model, processor, workload)
+    assert meta.seed == seed
+    assert meta.mock == (random_weights or "mock" in requests)

@@ -42,6 +42,7 @@ def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, wo
         },
     }
     shape = model.shape
+    drew_something = model.random_weights or options.requests.kind != "file" or options.fitted_scores
     return TraceMeta(
         layer_ids=shape.layer_ids,
         num_experts=shape.num_experts,
@@ -49,7 +50,7 @@ def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, wo
         model=model.name,
         origin="captured",
         description=json.dumps(description),
-        seed=options.model.seed,
+        seed=options.model.seed if drew_something else None,
         software=f"epsim {__version__}, torch {how['torch']}, transformers {how['transformers']}",
         mock=model.random_weights or options.requests.mock,
     )
