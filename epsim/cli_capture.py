@@ -1,6 +1,7 @@
 """`epsim trace` itself: the options of a capture, its progress bar, and what is said at its end."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,13 +71,15 @@ def trace(
     from epsim.capture.extra import require_trace_extra
 
     if repeat is not None:
-        _require_nothing_given(context, "output", "repeat", "compress")
+        _require_nothing_given(context, "output", "repeat")
         require_trace_extra()
-        _say_and_exit(output, _repeated(repeat, output, compress))
+        _run_and_say(output, lambda: _repeated(repeat, output))
         return
     from epsim.capture.options import SCORE_NAMES, CaptureOptions, RequestSource
     from epsim.capture.source import ModelSource
 
+    if not mock:
+        _require_not_given(context, "is of --mock requests", "text_tokens", "images")
     if requests is None and builtin is None and not mock:
         builtin = "text" if text_only else "mixed"
     options = CaptureOptions(
@@ -95,7 +98,7 @@ def trace(
             path=None if requests is None else str(requests),
             builtin=builtin,
             mock=mock,
-            num_requests=num_requests if requests is not None or num_requests is not None else 8,
+            num_requests=num_requests,
             seed=seed,
             text_tokens=text_tokens,
             images=images,
@@ -106,32 +109,38 @@ def trace(
         scores={"all": SCORE_NAMES, "none": ()}.get(scores, tuple(scores.split(","))),
         statistics=tuple(str(path) for path in statistics or ()),
         num_threads=threads,
+        compress=compress,
         note=note,
     )
     require_trace_extra()
-    _say_and_exit(output, _captured(options, output, compress))
+    _run_and_say(output, lambda: _captured(options, output))
 
 
-def _captured(options: Any, output: Path, compress: bool) -> Any:
+def _captured(options: Any, output: Path) -> Any:
     from epsim.capture.command import capture_trace
 
-    return capture_trace(options, output, count=count_requests, say=_say, compression="zstd" if compress else None)
+    return capture_trace(options, output, count=count_requests, say=_say)
 
 
-def _repeated(source: Path, output: Path, compress: bool) -> Any:
+def _repeated(source: Path, output: Path) -> Any:
     from epsim.capture.command import repeat_trace
 
     if source.resolve() == output.resolve():
         raise InputError(f"{output}: is the trace that is repeated; name another file with -o")
-    return repeat_trace(source, output, count=count_requests, say=_say, compression="zstd" if compress else None)
+    return repeat_trace(source, output, count=count_requests, say=_say)
 
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _say_and_exit(output: Path, outcome: Any) -> None:
+def _run_and_say(output: Path, run: Callable[[], Any]) -> None:
     """Say what the trace holds; if something ended the capture early, what, and exit with a code that tells."""
+    try:
+        outcome = run()
+    except KeyboardInterrupt:
+        typer.echo(f"epsim: interrupted before anything was done; {output} is not written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     held = f"{outcome.num_requests} requests, {outcome.num_tokens} tokens"
     if outcome.stopped_by is None:
         typer.echo(f"wrote {output}: {held}", err=True)
@@ -144,8 +153,13 @@ def _say_and_exit(output: Path, outcome: Any) -> None:
 
 def _require_nothing_given(context: typer.Context, *allowed: str) -> None:
     """Raise InputError if another option than the allowed ones is on the command line."""
-    for name in context.params:
+    what = f"trace {context.invoked_subcommand}" if context.invoked_subcommand else "--repeat"
+    others = (name for name in context.params if name not in allowed)
+    _require_not_given(context, f"is of a new capture and not of {what}", *others)
+
+
+def _require_not_given(context: typer.Context, why: str, *names: str) -> None:
+    for name in names:
         source = context.get_parameter_source(name)
-        if name not in allowed and source is not None and source.name == "COMMANDLINE":
-            what = f"trace {context.invoked_subcommand}" if context.invoked_subcommand else "--repeat"
-            raise InputError(f"--{name.replace('_', '-')}: is of a new capture and not of {what}; leave it out")
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"--{name.replace('_', '-')}: {why}; leave it out")

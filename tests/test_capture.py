@@ -1,8 +1,12 @@
 """Captures of small random models of every backbone: the picks, the rows, the file, and what happens on the way."""
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +18,13 @@ from epsim.capture.batches import Batch
 from epsim.capture.capture import capture_batches
 from epsim.capture.forward import run_batch
 from epsim.capture.model import MoeModel
-from epsim.errors import EpsimError, InputError
+from epsim.capture.options import CaptureOptions, RequestSource
+from epsim.capture.provenance import make_meta
+from epsim.capture.source import ModelSource
+from epsim.capture.stream import DiskFullError, PassRecord, TraceStream
+from epsim.errors import CapacityError, EpsimError, InputError
 from epsim.trace import Modality, Phase, RoutingTrace, TraceMeta, check_trace
-from epsim.trace.file import TraceFile
+from epsim.trace.file import TraceFile, TraceWriter
 
 LENGTHS = (29, 22)
 MAX_NEW_TOKENS = (4, 6)
@@ -214,12 +222,12 @@ def test_what_was_done_before_a_stop_is_kept(error: BaseException, tmp_path: Pat
 
 def test_a_stop_in_the_middle_of_a_prefill_drops_its_prompts(tmp_path: Path) -> None:
     model, path = small_model("olmoe"), tmp_path / "t.arrow"
-    columns_run = 0
+    tokens_run = 0
 
     def advance(requests: int, tokens: int) -> None:
-        nonlocal columns_run
-        columns_run += tokens
-        if columns_run > 2 * (29 + 5) + 16:  # the first batch, and one chunk of the second
+        nonlocal tokens_run
+        tokens_run += tokens
+        if tokens_run > 29 + 22 + 3 + 5:  # the first batch, and one chunk of the second
             raise KeyboardInterrupt
 
     batches = [make_batch(), make_batch(1, first_id=2)]
@@ -228,6 +236,60 @@ def test_a_stop_in_the_middle_of_a_prefill_drops_its_prompts(tmp_path: Path) -> 
     trace = TraceFile.open(path)
     check_trace(trace)
     assert trace.requests.request_id_Q.tolist() == [0, 1]
+
+
+def test_another_ctrl_c_waits_for_what_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = small_model("olmoe"), tmp_path / "t.arrow"
+    write, join, num_joins = TraceStream._write, threading.Thread.join, 0
+
+    def write_slowly(self: TraceStream, item: Any) -> None:
+        time.sleep(0.05)
+        write(self, item)
+
+    def join_twice(self: threading.Thread, timeout: float | None = None) -> None:
+        nonlocal num_joins
+        num_joins += self.name == "trace writer"
+        if num_joins == 1:
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    monkeypatch.setattr(TraceStream, "_write", write_slowly)
+    monkeypatch.setattr(threading.Thread, "join", join_twice)
+    outcome = capture_batches(model, stop_after([make_batch()], KeyboardInterrupt()), path, meta_of(model))
+    assert isinstance(outcome.stopped_by, KeyboardInterrupt)
+    assert (num_joins, outcome.num_tokens) == (2, 29 + 22 + 3 + 5)
+    check_trace(TraceFile.open(path))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] DefaultCPUAllocator: can't allocate")]
+)
+def test_a_batch_that_does_not_fit_into_memory_keeps_those_before_it(
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = small_model("olmoe"), tmp_path / "t.arrow"
+    embed = MoeModel.embed
+
+    def fail_on_three(self: MoeModel, token_ids_BS: torch.Tensor, pixel_values: Any) -> torch.Tensor:
+        if len(token_ids_BS) == 3:
+            raise error
+        return embed(self, token_ids_BS, pixel_values)
+
+    monkeypatch.setattr(MoeModel, "embed", fail_on_three)
+    monkeypatch.setattr("test_capture.MAX_NEW_TOKENS", (4, 6, 2))
+    batches = [make_batch(), make_batch(1, lengths=(29, 22, 20), first_id=2), make_batch(2, first_id=5)]
+    outcome = capture_batches(model, batches, path, meta_of(model))
+    assert isinstance(outcome.stopped_by, CapacityError)
+    assert "cpu: out of memory; write a smaller --batch-size" in str(outcome.stopped_by)
+    assert outcome.num_requests == 2
+    check_trace(TraceFile.open(path))
+
+
+def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
+    model, counted = small_model("olmoe"), []
+    capture(model, [make_batch()], tmp_path / "t.arrow", chunk_size=8, advance=lambda *counts: counted.append(counts))
+    # The second prompt has 22 tokens of 29 columns: one column of the first chunk.
+    assert counted == [(0, n) for n in (9, 16, 16, 10, 2, 2, 2, 1, 1)] + [(2, 0)]
 
 
 def test_nothing_done_leaves_nothing(tmp_path: Path) -> None:
@@ -252,6 +314,46 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.
     assert 0 < trace.num_tokens == outcome.num_tokens < 4 * 59
 
 
+def test_nothing_is_written_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that found no room must not be followed by its decode steps, for which there is."""
+    free = iter([10**12, 0, *[10**12] * 9])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": next(free)}))
+    model = small_model("olmoe")
+    with TraceWriter(tmp_path / "t.arrow", meta_of(model)) as writer, suppress(DiskFullError), TraceStream(writer) as s:
+        for request_id in (0, 1):
+            s.put(pass_record(model, request_id, Phase.PREFILL))
+        while s._failure is None:
+            time.sleep(0.01)
+        for _ in range(2):
+            with pytest.raises(DiskFullError):
+                s.put(pass_record(model, 1, Phase.DECODE))
+        s._queue.put(s._send(pass_record(model, 1, Phase.DECODE)))  # as one that was on its way
+    trace = TraceFile.open(tmp_path / "t.arrow")
+    check_trace(trace)
+    assert trace.requests.request_id_Q.tolist() == [0]
+
+
+def pass_record(model: MoeModel, request_id: int, phase: Phase) -> PassRecord:
+    """Return a pass of one request with one token."""
+    shape = model.shape
+    size = (shape.num_layers, 1, 1, shape.topk)
+    decode = int(phase is Phase.DECODE)
+    return PassRecord(
+        request_ids_B=np.array([request_id], np.int32),
+        phase=phase,
+        step=decode,
+        ends_prefill=not decode,
+        arrays={
+            "is_token": torch.ones(1, 1, dtype=torch.bool),
+            "is_text": torch.ones(1, 1, dtype=torch.bool),
+            "token_ids": torch.ones(1, 1, dtype=torch.int64),
+            "positions": torch.full((1, 1), decode),
+            "picks": torch.arange(shape.topk).expand(size).to(torch.uint8),
+            "weights": torch.ones(size, dtype=torch.float16),
+        },
+    )
+
+
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = small_model("olmoe")
     capture(model, [make_batch()], tmp_path / "t.arrow")
@@ -262,3 +364,27 @@ def test_prefill_alone() -> None:
     passes = list(run_batch(small_model("olmoe"), make_batch(), decode=False, chunk_size=10))
     assert [tokens.token_ids_BS.shape[1] for tokens in passes] == [10, 10, 9]
     assert [tokens.ends_prefill for tokens in passes] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("random_weights", "requests", "scores", "seed"),
+    [
+        (False, {"path": "p.jsonl"}, ("attention",), None),
+        (False, {"path": "p.jsonl"}, ("gmm2",), 3),
+        (False, {"mock": True}, (), 3),
+        (True, {"path": "p.jsonl"}, (), 3),
+    ],
+)
+def test_a_trace_has_a_seed_if_something_was_drawn(
+    random_weights: bool, requests: dict[str, Any], scores: tuple[str, ...], seed: int | None
+) -> None:
+    how = {"device": "cpu", "dtype": "float32", "torch": "2", "transformers": "5"}
+    model = replace(small_model("olmoe"), random_weights=random_weights, source=how)
+    options = CaptureOptions(
+        model=ModelSource(checkpoint="a/b", seed=3), requests=RequestSource(**requests), scores=scores
+    )
+    processor: Any = SimpleNamespace(origin={}, eos_token_ids=frozenset({2}))
+    workload: Any = SimpleNamespace(words="some", provenance={})
+    meta = make_meta(options, model, processor, workload)
+    assert meta.seed == seed
+    assert meta.mock == (random_weights or "mock" in requests)

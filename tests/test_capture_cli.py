@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from epsim.cli import main
+from epsim.console import count_requests
 from epsim.trace import check_trace
 from epsim.trace.file import TraceFile
 
@@ -61,7 +62,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def test_from_images_to_a_forecast_and_the_same_bytes_again(cli: Cli, tmp_path: Path) -> None:
     options = [*OLMOE, "--num-requests", 2, "--max-new-tokens", 3, "--scores", "attention,gaussian", "--note", "a test"]
-    said = cli.run("trace", *options, "-o", "t.arrow")
+    said = cli.run("trace", *options, "--compress", "-o", "t.arrow")
     assert "wrote t.arrow: 2 requests" in said
     trace = TraceFile.open(tmp_path / "t.arrow")
     check_trace(trace)
@@ -71,7 +72,7 @@ def test_from_images_to_a_forecast_and_the_same_bytes_again(cli: Cli, tmp_path: 
     assert trace.requests.num_vision_tokens_Q.tolist() == [576, 576]  # an image each in the first two of "mixed"
     assert {"modality_score_attention", "modality_score_gaussian"} <= set(trace.columns)
 
-    cli.run("trace", "--repeat", "t.arrow", "-o", "again.arrow")
+    cli.run("trace", "--repeat", "t.arrow", "-o", "again.arrow")  # with compression and all
     assert (tmp_path / "t.arrow").read_bytes() == (tmp_path / "again.arrow").read_bytes()
     assert (tmp_path / "t.gaussian.safetensors").read_bytes() == (tmp_path / "again.gaussian.safetensors").read_bytes()
 
@@ -118,6 +119,7 @@ BAD = {
     "no such folder": ([*SMALL, "-o", "nowhere/t.arrow"], "nowhere/t.arrow"),
     "batch size": ([*SMALL, "--batch-size", "0", "-o", "t.arrow"], "--batch-size 0"),
     "too long": ([*SMALL, "--mock", "--text-tokens", "40000", "-o", "t.arrow"], "context"),
+    "images of a set": ([*SMALL, "--images", "2", "-o", "t.arrow"], "--images: is of --mock requests"),
     "repeat of a synthetic trace": (["--repeat", "synthetic.arrow", "-o", "t.arrow"], "not captured"),
     "an option of a capture before another command": (["-o", "t.arrow", "info", "synthetic.arrow"], "trace info"),
 }
@@ -137,20 +139,55 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case: str, cli: Cli, tmp_pat
     assert not list(tmp_path.glob(".*"))
 
 
+def test_memory_that_runs_out_in_the_first_pass_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr("epsim.capture.model.MoeModel.embed", fail)
+    code, _, said = cli("trace", *SMALL, "--num-requests", 1, "--scores", "gaussian", "-o", "t.arrow")
+    assert code == 2
+    assert said.endswith("epsim: cpu: out of memory; write a smaller --batch-size or --chunk-size\n")
+
+
+def test_ctrl_c_before_anything_is_done_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("epsim.capture.model.MoeModel.embed", interrupt)
+    code, _, said = cli("trace", *SMALL, "--num-requests", 1, "-o", "t.arrow")
+    assert code == 130
+    assert said.endswith("epsim: interrupted before anything was done; t.arrow is not written\n")
+    assert not list(cli.folder.iterdir())
+
+
+def test_the_bar_says_tokens_per_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    monkeypatch.setenv("COLUMNS", "120")
+    clock = iter([10.0, 12.0, 14.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock, 14.0))
+    with count_requests("tracing", 4) as advance:
+        advance(0, 5000)
+        advance(2, 1000)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "2/4 requests, 1,500 tokens/s" in shown  # 6000 in 4 s
+
+
 def test_ctrl_c_leaves_what_was_done(tmp_path: Path) -> None:
     words = ["trace", *SMALL, "--builtin", "text", "--batch-size", 1, "--num-requests", 3000, "-o", "t.arrow"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "epsim", *map(str, words)],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.stderr is not None
-    assert "Mixtral-8x7B reduced" in process.stderr.readline()  # the model is loaded
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1", "COLUMNS": "120"},
+    ) as process:
+        assert process.stderr is not None
+        said = ""
+        while not re.search(r"[1-9]\d*/3000", said):  # no request is done yet
+            said += (more := process.stderr.read(1))
+            assert more, said
+        process.send_signal(signal.SIGINT)
+        said += process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
     assert "interrupted; t.arrow holds what was done by then" in said
     check_trace(TraceFile.open(tmp_path / "t.arrow"))

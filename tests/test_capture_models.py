@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -272,8 +273,8 @@ def test_the_source_of_a_checkpoint_tells_when_it_changed(olmoe: Path, copy: Pat
     edit_config(copy, rms_norm_eps=1e-4)
     changed = source_of(copy)
     assert [key for key in first if first[key] != changed[key]] == ["config_sha256"]
-    edit_weights(copy, lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"].half()}))
-    assert source_of(copy)["weight_files_sha256"] != first["weight_files_sha256"]
+    edit_weights(copy, lambda weights: weights["lm_head.weight"].neg_())  # another model, files of the same size
+    assert source_of(copy)["weights_sha256"] != first["weights_sha256"]
 
 
 # What a checkpoint can lack
@@ -619,8 +620,8 @@ def test_loading_says_nothing(copy: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 def test_the_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     require_trace_extra()
-    monkeypatch.setattr("epsim.capture.extra.find_spec", lambda name: None if name == "PIL" else object())
-    with pytest.raises(InputError, match=r"needs pillow; install with: pip install 'epsim\[trace\]'"):
+    monkeypatch.setattr("epsim.capture.extra.find_spec", lambda name: None if name in ("PIL", "sklearn") else object())
+    with pytest.raises(InputError, match=r"needs pillow, scikit-learn; install with: pip install 'epsim\[trace\]'"):
         require_trace_extra()
 
 
@@ -651,8 +652,8 @@ def vlm_folder(tmp_path_factory: pytest.TempPathFactory, of_bytes: Processor) ->
     return folder
 
 
-def processor_of(folder: Path, *, chat: bool = True) -> Processor:
-    return load_processor(load_model(ModelSource(checkpoint=str(folder), device="cpu")), chat=chat)
+def processor_of(folder: Path) -> Processor:
+    return load_processor(load_model(ModelSource(checkpoint=str(folder), device="cpu")))
 
 
 def test_bytes_are_tokens() -> None:
@@ -679,7 +680,6 @@ def test_an_image_becomes_as_many_tokens_as_the_model_has_features_of_it(of_byte
     between = of_bytes.encode("a<image>b", [picture("RGBA")]).token_ids.tolist()
     assert between == [257, 97, *[IMAGE_TOKEN_ID] * TOKENS_PER_IMAGE, 98]
     assert of_bytes.encode("hi").pixel_values is None
-    assert of_bytes.decode([104, 105, 258, 400]) == "hi<400>"
     assert of_bytes.eos_token_ids == frozenset()
 
 
@@ -734,14 +734,14 @@ def test_a_checkpoint_brings_its_own_processor(vlm_folder: Path, of_bytes: Proce
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, LLAVA_TEMPLATE], ids=["plain", "llava"])
-def test_the_chat_template_is_applied_unless_told_not_to(template: str, vlm_folder: Path, tmp_path: Path) -> None:
+def test_the_chat_template_is_applied(template: str, vlm_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(vlm_folder, tmp_path / "chat"))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     image = "<image>" * TOKENS_PER_IMAGE
     chat = processor_of(folder)
     shown = chat.tokenizer.decode(chat.encode("What?", [picture()]).token_ids)
     assert shown == f"<bos>USER: {image}\nWhat? ASSISTANT:"
-    raw = processor_of(folder, chat=False)
+    raw = processor_of(vlm_folder)
     assert raw.tokenizer.decode(raw.encode("What?", [picture()]).token_ids) == f"<bos>{image}\nWhat?"
     assert (chat.origin["chat_template"], raw.origin["chat_template"]) == (True, False)
 
@@ -752,7 +752,7 @@ def test_a_template_of_a_text_model_writes_its_special_tokens_itself(copy: Path)
     tokenizer.save_pretrained(copy)
     processor = processor_of(copy)
     assert processor.tokenizer.decode(processor.encode("Hm").token_ids) == "USER: Hm ASSISTANT:"
-    assert processor_of(copy, chat=False).encode("Hm").token_ids.tolist() == [257, 72, 109]
+    assert replace(processor, chat_template=None).encode("Hm").token_ids.tolist() == [257, 72, 109]
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     tokenizer.save_pretrained(copy)
     with pytest.raises(InputError, match="chat template does not render it"):

@@ -99,14 +99,14 @@ class Batch:
         return bool((self.num_prompt_tokens_B != self.token_ids_BS.shape[1]).any())
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`; copies to CUDA go through pinned memory, and the host does not wait."""
+        """Return the batch on `device`; see `moved`."""
         pixel_values = self.pixel_values
         return replace(
             self,
-            token_ids_BS=_moved(self.token_ids_BS, device),
-            is_token_BS=_moved(self.is_token_BS, device),
-            is_text_BS=_moved(self.is_text_BS, device),
-            pixel_values=None if pixel_values is None else _moved(pixel_values, device),
+            token_ids_BS=moved(self.token_ids_BS, device),
+            is_token_BS=moved(self.is_token_BS, device),
+            is_text_BS=moved(self.is_text_BS, device),
+            pixel_values=None if pixel_values is None else moved(pixel_values, device),
         )
 
 
@@ -218,7 +218,8 @@ def _pad_token_id(requests: Sequence[EncodedRequest]) -> int:
     return OTHER_PAD_TOKEN_ID if is_image else PAD_TOKEN_ID
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on `device`; copies to CUDA go through pinned memory, and the host does not wait."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -19,7 +19,6 @@ from epsim.capture.photos import photo_prompt
 from epsim.capture.requests import Prompt, PromptSet, RequestError
 
 BUILTIN_KINDS = ("mixed", "digits", "photos", "text")
-DEFAULT_KIND = "mixed"
 _MIXED = ("photos", "digits", "photos", "digits", "text")
 _LIBRARIES = ("numpy", "pillow", "scikit-image", "scikit-learn")
 _MAKERS: dict[str, Callable[[np.random.Generator, str], Prompt]] = {

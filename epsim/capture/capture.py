@@ -5,16 +5,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from epsim.capture.batches import Batch
+from epsim.capture.device import memory_errors
 from epsim.capture.forward import PassTokens, run_batch
 from epsim.capture.model import MoeModel
 from epsim.capture.recorder import RouterRecorder
 from epsim.capture.scores import ScoreEstimator
 from epsim.capture.stream import PassRecord, TraceStream
-from epsim.errors import CapacityError, EpsimError, InputError
+from epsim.errors import EpsimError, InputError
 from epsim.trace.meta import TraceMeta
 from epsim.trace.writer import Compression, TraceWriter
 
@@ -52,13 +52,11 @@ def capture_batches(
     with TraceWriter(path, meta, compression=compression) as writer:
         stream = TraceStream(writer)
         try:
-            with stream, Recording(model, estimators) as recording:
+            with memory_errors(model.device), stream, Recording(model, estimators) as recording:
                 for batch in batches:
                     recording.run(batch, stream, chunk_size, eos_token_ids, advance)
         except (KeyboardInterrupt, EpsimError) as error:
             stopped_by = error
-        except torch.OutOfMemoryError:
-            stopped_by = CapacityError(f"{model.device}: out of memory; write a smaller --batch-size or --chunk-size")
         if not stream.num_tokens:
             raise stopped_by or InputError(f"{path}: there are no requests to run; nothing is written")
     return CaptureOutcome(num_tokens=stream.num_tokens, num_requests=stream.num_requests, stopped_by=stopped_by)
@@ -98,7 +96,7 @@ class Recording:
         )
         for tokens in passes:
             stream.put(self._record(batch, tokens))
-            advance(0, tokens.token_ids_BS.numel())
+            advance(0, tokens.num_tokens)
         advance(len(batch.request_ids_B), 0)
 
     def _record(self, batch: Batch, tokens: PassTokens) -> PassRecord:

@@ -37,6 +37,7 @@ TEXT_MODELS: dict[str, type[PreTrainedModel]] = {
 }
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+HASHED_BYTES = 2048
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -49,14 +50,16 @@ class Checkpoint:
     model_class: type[PreTrainedModel]
 
     def fingerprint(self) -> dict[str, str]:
-        """Return SHA-256 of config.json, and of the names and sizes of the weights' files with their index."""
+        """Return SHA-256 of config.json, and of the weights: names, shapes and the first bytes of every tensor.
+
+        To hash all bytes would take as long as loading them. A tensor that was trained differs from its start.
+        """
         weights = hashlib.sha256()
         for path in weight_files(self.folder):
-            weights.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if (index := self.folder / INDEX).is_file():
-            weights.update(index.read_bytes())
+            weights.update(path.name.encode())
+            _hash_tensors(path, weights)
         config = hashlib.sha256((self.folder / "config.json").read_bytes())
-        return {"config_sha256": config.hexdigest(), "weight_files_sha256": weights.hexdigest()}
+        return {"config_sha256": config.hexdigest(), "weights_sha256": weights.hexdigest()}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -132,6 +135,20 @@ def weight_files(folder: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: is damaged or cut off ({one_line(error)}); get it again") from error
     return files
+
+
+def _hash_tensors(path: Path, digest: Any) -> None:
+    """Add a safetensors file to a hash: its header, which says where tensors are, and `HASHED_BYTES` of each."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        digest.update(header)
+        start = file.tell()
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                file.seek(start + begin)
+                digest.update(file.read(min(end - begin, HASHED_BYTES)))
 
 
 def check_expert_tensors(files: list[Path]) -> None:

@@ -1,7 +1,7 @@
 """The whole of `epsim trace`: from `CaptureOptions` to a trace file, `capture_trace`."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from epsim.atomic import require_writable
 from epsim.capture.batches import ahead, batches
 from epsim.capture.capture import Advance, CaptureOutcome, capture_batches
+from epsim.capture.device import memory_errors
 from epsim.capture.forward import run_batch
 from epsim.capture.gaussian_statistics import GaussianStatistics
 from epsim.capture.load import load_model
@@ -21,7 +22,6 @@ from epsim.capture.statistics_file import load_statistics, save_statistics
 from epsim.capture.workload import Workload, make_workload
 from epsim.errors import InputError
 from epsim.trace.meta import TraceMeta
-from epsim.trace.writer import Compression
 
 CountRequests = Callable[[str, int], AbstractContextManager[Advance]]  # a label and how many: a progress bar
 
@@ -32,7 +32,6 @@ def capture_trace(
     *,
     count: CountRequests,
     say: Callable[[str], None],
-    compression: Compression = None,
 ) -> CaptureOutcome:
     """Load the model, run the requests and write their routing to `path`.
 
@@ -43,7 +42,7 @@ def capture_trace(
         count: called with a label and the number of requests at the start of each pass over them.
         say: told in a line what is run, once the model is loaded.
     """
-    return _capture(options, path, count, say, compression, lambda meta: None)
+    return _capture(options, path, count, say, lambda meta: None)
 
 
 def repeat_trace(
@@ -52,14 +51,13 @@ def repeat_trace(
     *,
     count: CountRequests,
     say: Callable[[str], None],
-    compression: Compression = None,
 ) -> CaptureOutcome:
     """Run once more what the trace `source` says of itself, to `path`: the same bytes on the same machine.
 
     Raises InputError if the model or the requests are not the same any more; says it of another device or library.
     """
     options, meta = options_of_trace(source)
-    return _capture(options, path, count, say, compression, lambda now: require_same_run(source, now, meta, say))
+    return _capture(options, path, count, say, lambda now: require_same_run(source, now, meta, say))
 
 
 def _capture(
@@ -67,7 +65,6 @@ def _capture(
     path: Path,
     count: CountRequests,
     say: Callable[[str], None],
-    compression: Compression,
     check: Callable[[TraceMeta], None],
 ) -> CaptureOutcome:
     for file in (path, *(statistics_path(path, name) for name in options.fitted_scores)):
@@ -96,7 +93,7 @@ def _capture(
             estimators=scores,
             chunk_size=options.chunk_size,
             eos_token_ids=processor.eos_token_ids,
-            compression=compression,
+            compression="zstd" if options.compress else None,
             advance=advance,
         )
 
@@ -130,18 +127,14 @@ def _fit(
 ) -> dict[str, GaussianStatistics]:
     """Return the statistics of the prompts for these scores, from one pass over all prefills."""
     fits = [make_fit(name, seed=options.model.seed) for name in names]
-    try:
+    bar = count("fitting " + ", ".join(names), workload.num)
+    with memory_errors(model.device), ExitStack() as stack, bar as advance:
         for fit in fits:
+            stack.callback(fit.detach)
             fit.attach(model)
-        with count("fitting " + ", ".join(names), workload.num) as advance:
-            for batch in ahead(batches(workload.encoded(), options.batch_size)):
-                chunks = run_batch(
-                    model, batch.to(model.device), watchers=fits, chunk_size=options.chunk_size, decode=False
-                )
-                for chunk in chunks:
-                    advance(0, chunk.token_ids_BS.numel())
-                advance(len(batch.request_ids_B), 0)
+        for batch in ahead(batches(workload.encoded(), options.batch_size)):
+            on_device = batch.to(model.device)
+            for chunk in run_batch(model, on_device, watchers=fits, chunk_size=options.chunk_size, decode=False):
+                advance(0, chunk.num_tokens)
+            advance(len(batch.request_ids_B), 0)
         return {name: fit.statistics for name, fit in zip(names, fits, strict=True)}
-    finally:
-        for fit in fits:
-            fit.detach()

@@ -1,4 +1,7 @@
-"""Where a model goes and whether it fits: `resolve_device`, `resolve_dtype`, `check_memory`; `quiet` is for loading."""
+"""Where a model goes and whether it fits: `resolve_device`, `resolve_dtype`, `check_memory`, `memory_errors`.
+
+`quiet` is for loading.
+"""
 
 import logging
 import os
@@ -84,6 +87,17 @@ def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn memory that runs out in a forward pass into a CapacityError."""
+    try:
+        yield
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU has no error of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise CapacityError(f"{device}: out of memory; write a smaller --batch-size or --chunk-size") from error
 
 
 @contextmanager

@@ -4,7 +4,13 @@ from importlib.util import find_spec
 
 from epsim.errors import InputError
 
-_PACKAGE_OF_MODULE = {"torch": "torch", "transformers": "transformers", "PIL": "pillow"}
+_PACKAGE_OF_MODULE = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+}
 
 
 def require_trace_extra() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from epsim.capture.batches import Batch
+from epsim.capture.batches import Batch, moved
 from epsim.capture.model import ForwardPass, MoeModel
 from epsim.trace.meta import Phase
 
@@ -34,12 +34,15 @@ class PassTokens:
         forward_pass: phase, step, masks.
         token_ids_BS: int64 [B, S], what was fed.
         positions_BS: int64 [B, S], places in the requests; 0 for padding.
+        num_tokens: without padding; an end-of-sequence token that came early is not subtracted, for only the device
+            knows of it.
         ends_prefill: whether the whole prompts are in the KV cache now.
     """
 
     forward_pass: ForwardPass
     token_ids_BS: Tensor
     positions_BS: Tensor
+    num_tokens: int
     ends_prefill: bool
 
 
@@ -77,7 +80,6 @@ class _Run:
         self.batch = batch
         self.watchers = watchers
         self.cache: Any = DynamicCache(config=model.decoder.config)
-        self.is_key_BP = batch.is_token_BS
         self.num_prompt_tokens_B = batch.is_token_BS.sum(1)
         self.last_hidden_BD: Tensor | None = None
 
@@ -101,21 +103,20 @@ class _Run:
                 forward_pass=forward_pass,
                 token_ids_BS=batch.token_ids_BS[:, columns],
                 positions_BS=positions_BS[:, columns],
+                num_tokens=self._num_prompt_tokens(start, end),
                 ends_prefill=end == num_columns,
             )
 
     def decode(self, eos_token_ids: Set[int]) -> Iterator[PassTokens]:
-        device = self.model.device
-        eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
-        num_wanted_B = self.batch.max_new_tokens_B
-        num_steps = int(num_wanted_B.max()) - 1
-        num_wanted_B = num_wanted_B.to(device)
+        eos = moved(torch.tensor(sorted(eos_token_ids), dtype=torch.int64), self.model.device)
+        num_steps = int(self.batch.max_new_tokens_B.max()) - 1
+        num_wanted_B = moved(self.batch.max_new_tokens_B, self.model.device)
         is_alive_B = torch.ones_like(num_wanted_B, dtype=torch.bool)
-        is_key_BP = self.is_key_BP
+        is_key_BP = self.batch.is_token_BS
         for step in range(1, num_steps + 1):
             token_ids_B1 = self._next_tokens_B().unsqueeze(1)
             is_alive_B = is_alive_B & (num_wanted_B > step) & ~torch.isin(token_ids_B1.squeeze(1), eos)
-            if len(eos) and not is_alive_B.any():  # the only place where the host waits for the device
+            if len(eos) and not is_alive_B.any():  # the host waits for the device
                 return
             is_key_BP = torch.cat([is_key_BP, torch.ones_like(token_ids_B1, dtype=torch.bool)], 1)
             positions_B1 = (self.num_prompt_tokens_B + step - 1).unsqueeze(1)
@@ -129,10 +130,20 @@ class _Run:
             embeddings_B1D = self.model.embed(token_ids_B1, None)
             self._forward(forward_pass, embeddings_B1D, positions_B1)
             yield PassTokens(
-                forward_pass=forward_pass, token_ids_BS=token_ids_B1, positions_BS=positions_B1, ends_prefill=False
+                forward_pass=forward_pass,
+                token_ids_BS=token_ids_B1,
+                positions_BS=positions_B1,
+                num_tokens=int((self.batch.max_new_tokens_B > step).sum()),
+                ends_prefill=False,
             )
 
+    def _num_prompt_tokens(self, start: int, end: int) -> int:
+        """Return the tokens in these columns of the prompts, padded on the left, without asking the device."""
+        first_B = self.batch.token_ids_BS.shape[1] - self.batch.num_prompt_tokens_B
+        return int((end - first_B.clamp(min=start)).clamp(min=0).sum())
+
     def _forward(self, forward_pass: ForwardPass, embeddings_BSD: Tensor, positions_BS: Tensor) -> None:
+        """Run the decoder. With a mask, transformers asks the device whether there is padding: one wait per pass."""
         for watcher in self.watchers:
             watcher.start_pass(forward_pass)
         outputs = self.model.decoder(
@@ -147,5 +158,6 @@ class _Run:
     def _next_tokens_B(self) -> Tensor:
         assert self.last_hidden_BD is not None
         logits_BV: Tensor = self.model.module.lm_head(self.last_hidden_BD)
-        logits_BV[:, list(self.model.suppressed_token_ids)] = -torch.inf
+        for token_id in self.model.suppressed_token_ids:  # a list of them would be copied, and waited for
+            logits_BV[:, token_id].fill_(-torch.inf)
         return logits_BV.argmax(1)

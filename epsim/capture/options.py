@@ -12,6 +12,7 @@ from epsim.capture.source import ModelSource
 from epsim.errors import InputError, TraceError
 
 COMPONENTS = {"gaussian": 1, "gmm2": 2, "gmm4": 4}  # Gaussians per modality; fitted in a first pass, or from a file
+NUM_REQUESTS = 8  # of a built-in or mock set that does not say
 SCORE_NAMES = ("attention", *COMPONENTS)
 
 
@@ -20,7 +21,7 @@ class RequestSource:
     """Where requests come from: `path`, a JSONL file; `builtin`, a set that ships with epsim; or `mock` tokens.
 
     Attributes:
-        num_requests: of a built-in or mock set; of a file, the first so many, None for all.
+        num_requests: of a built-in or mock set, None for 8; of a file, the first so many, None for all.
         seed: of a built-in or mock set.
         text_tokens, images: of each mock request.
     """
@@ -56,6 +57,7 @@ class CaptureOptions:
         scores: estimators of the soft modality score, of `SCORE_NAMES`.
         statistics: files with the fitted statistics of estimators; what has none is fitted in a first pass.
         num_threads: of torch on the CPU; sums, and so the last bits, depend on it. None: torch's own choice.
+        compress: the trace, with zstd.
         note: free text for the trace.
     """
 
@@ -67,6 +69,7 @@ class CaptureOptions:
     scores: tuple[str, ...] = ()
     statistics: tuple[str, ...] = ()
     num_threads: int | None = None
+    compress: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""From text and images to what a model takes, and back: `Processor`, `Encoded`, `load_processor`.
+"""From text and images to what a model takes: `Processor`, `Encoded`, `load_processor`.
 
 Shapes: S prompt tokens.
 """
@@ -84,10 +84,6 @@ class Processor:
             )
         return Encoded(token_ids=self._tokens(text, len(images)), pixel_values=self._pixels(images))
 
-    def decode(self, token_ids: Sequence[int] | Tensor) -> str:
-        """Return the text of generated tokens, without special ones."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-
     def _tokens(self, text: str, num_images: int) -> Tensor:
         if self.chat_template is not None:
             text = self._turn(text)
@@ -135,7 +131,7 @@ class Processor:
                 continue
             if text.strip() in rendered and rendered.count("{'type'") == text.count("{'type'"):
                 return str(rendered)
-        raise InputError("prompt: the checkpoint's chat template does not render it; take prompts as they are instead")
+        raise InputError("prompt: the checkpoint's chat template does not render it; mend or remove the template")
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor | None:
         if not images:
@@ -151,18 +147,16 @@ class Processor:
         return pixels.to(torch.float32)
 
 
-def load_processor(model: MoeModel, *, chat: bool = True) -> Processor:
+def load_processor(model: MoeModel) -> Processor:
     """Return what encodes prompts for a model: of its checkpoint, or of bytes and CLIP if its weights were drawn.
 
-    Args:
-        model: from `load.load_model`.
-        chat: apply the checkpoint's chat template where it has one, so that an instruction model is asked as it was
-            trained, and LLaVA gets "USER: ... ASSISTANT:"; False takes prompts as they are.
+    The checkpoint's chat template is applied where it has one, so that an instruction model is asked as it was
+    trained, and LLaVA gets "USER: ... ASSISTANT:".
 
     Raises InputError if the checkpoint lacks a tokenizer, or for one that comes as remote code.
     """
     with quiet():
-        return _of_bytes(model) if model.folder is None else _of_checkpoint(model, model.folder, chat)
+        return _of_bytes(model) if model.folder is None else _of_checkpoint(model, model.folder)
 
 
 def num_image_tokens(model: MoeModel) -> int:
@@ -198,10 +192,10 @@ def _of_bytes(model: MoeModel) -> Processor:
     )
 
 
-def _of_checkpoint(model: MoeModel, folder: Path, chat: bool) -> Processor:
+def _of_checkpoint(model: MoeModel, folder: Path) -> Processor:
     shapes = _shapes(model)
     tokenizer = _tokenizer(folder, shapes["vocab_size"])
-    template = _template(tokenizer, folder) if chat else None
+    template = _template(tokenizer, folder)
     return Processor(
         tokenizer=tokenizer,
         image_processor=_image_processor(folder) if model.is_vlm else None,

@@ -35,21 +35,22 @@ def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, wo
         RUN: {
             "options": options.to_mapping(),
             "model": dict(how),
-            "processor": processor.origin,
+            "processor": {**processor.origin, "eos_token_ids": sorted(processor.eos_token_ids)},
             "requests": workload.provenance,
             "statistics_sha256": [_sha256(Path(file)) for file in options.statistics],
             "num_threads": torch.get_num_threads(),
         },
     }
     shape = model.shape
+    drew_something = model.random_weights or options.requests.kind != "file" or options.fitted_scores
     return TraceMeta(
         layer_ids=shape.layer_ids,
         num_experts=shape.num_experts,
         topk=shape.topk,
         model=model.name,
         origin="captured",
-        description=json.dumps(description, sort_keys=False),
-        seed=options.model.seed,
+        description=json.dumps(description),
+        seed=options.model.seed if drew_something else None,
         software=f"epsim {__version__}, torch {how['torch']}, transformers {how['transformers']}",
         mock=model.random_weights or options.requests.mock,
     )

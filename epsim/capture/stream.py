@@ -53,7 +53,8 @@ class TraceStream:
     """Writes passes to an open `TraceWriter` from a thread of its own; a context manager.
 
     The chunks of a prefill are kept back until the last is there, so that no prompt is cut short: when the block ends,
-    for whatever reason, what is kept back is dropped and all else is written. `put` raises what failed in the thread.
+    for whatever reason, what is kept back is dropped and all else is written, also under another Ctrl-C. What failed in
+    the thread is raised by every `put` after it, and nothing that comes later is written.
     """
 
     def __init__(self, writer: TraceWriter, *, depth: int = 4) -> None:
@@ -72,10 +73,11 @@ class TraceStream:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        interrupt = self._finish()
         if kind is None:
             self._raise_failure()
+            if interrupt is not None:
+                raise interrupt
 
     def put(self, record: PassRecord) -> None:
         """Send a pass on its way; waits while `depth` passes are.
@@ -87,8 +89,20 @@ class TraceStream:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+            raise self._failure
+
+    def _finish(self) -> KeyboardInterrupt | None:
+        """Wait until the thread has written all, for it must not go on when the file is closed; return a Ctrl-C."""
+        interrupt, told = None, False
+        while self._thread.is_alive():
+            try:
+                if not told:
+                    self._queue.put(None)
+                    told = True
+                self._thread.join()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        return interrupt
 
     def _send(self, record: PassRecord) -> "_OnItsWay":
         device = record.arrays["picks"].device

@@ -9,7 +9,7 @@ from epsim.capture.batches import EncodedRequest, check_prompts, encode_prompts
 from epsim.capture.builtin import builtin_prompts
 from epsim.capture.mock import MockImages, MockRequests
 from epsim.capture.model import MoeModel
-from epsim.capture.options import CaptureOptions
+from epsim.capture.options import NUM_REQUESTS, CaptureOptions
 from epsim.capture.processor import Processor
 from epsim.capture.requests import read_prompts
 from epsim.errors import InputError
@@ -39,7 +39,7 @@ def make_workload(options: CaptureOptions, model: MoeModel, processor: Processor
     if source.mock:
         return _mock_workload(options, model, processor)
     if source.builtin is not None:
-        prompts = builtin_prompts(source.builtin, source.num_requests or 1, source.seed)
+        prompts = builtin_prompts(source.builtin, source.num_requests or NUM_REQUESTS, source.seed)
         words = f"{len(prompts)} built-in {source.builtin}"
     else:
         assert source.path is not None
@@ -68,7 +68,7 @@ def _mock_workload(options: CaptureOptions, model: MoeModel, processor: Processo
             token_id=processor.image_token_id,
         )
     mock = MockRequests(
-        num=source.num_requests or 1,
+        num=source.num_requests or NUM_REQUESTS,
         seed=source.seed,
         text_tokens=source.text_tokens,
         max_new_tokens=options.max_new_tokens,

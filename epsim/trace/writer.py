@@ -53,6 +53,7 @@ class TraceWriter:
         self._writer: Any = None
         self._pending: list[RoutingTrace] = []
         self._num_pending = 0
+        self._num_pending_bytes = 0
         self._num_written = 0
 
     def __enter__(self) -> Self:
@@ -62,7 +63,7 @@ class TraceWriter:
     @property
     def num_pending_bytes(self) -> int:
         """Bytes of the rows that wait for a batch to be full, or for the end."""
-        return sum(part.num_bytes for part in self._pending)
+        return self._num_pending_bytes
 
     def write(self, trace: RoutingTrace) -> None:
         """Append the rows of `trace`, whose arrays must not change until the block ends.
@@ -79,6 +80,7 @@ class TraceWriter:
             require_same_layout(self._first, trace)
         self._pending.append(trace)
         self._num_pending += trace.num_tokens
+        self._num_pending_bytes += trace.num_bytes
         if self._num_pending > self._batch_rows:
             self._flush(last=False)
 
@@ -121,6 +123,7 @@ class TraceWriter:
                 self._writer.write_batch(batch, custom_metadata=metadata)
         self._num_pending = rows.num_tokens - end
         self._pending = [rows.take(slice(end, None))] if self._num_pending else []
+        self._num_pending_bytes = sum(part.num_bytes for part in self._pending)
 
 
 def copy_trace(source: TraceSource, path: str | os.PathLike[str], compression: Compression = None) -> None:
