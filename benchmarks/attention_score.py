@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from epsim.capture.attention_score import attention_of_scores, attention_with_scores
+from epsim.capture.scores.attention import attention_of_scores, attention_with_scores
 
 SHAPES = {
     "MHA 16 x 128": (16, 16, 128, 128),

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from epsim.capture.backbones import BACKBONES
 from epsim.capture.command import capture_trace
+from epsim.capture.models.backbones import BACKBONES
+from epsim.capture.models.source import ModelSource
 from epsim.capture.options import CaptureOptions, RequestSource
-from epsim.capture.source import ModelSource
 from epsim.console import count_requests
 from epsim.trace.file import TraceFile
 from epsim.trace.routing import RoutingTrace

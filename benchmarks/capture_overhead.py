@@ -24,15 +24,15 @@ import torch
 import transformers
 
 from epsim import __version__
-from epsim.capture import deepseek
-from epsim.capture.backbones import BACKBONES, backbone_card, reduced_card, text_config
-from epsim.capture.batches import Batch
 from epsim.capture.capture import Recording
-from epsim.capture.device import resolve_device, resolve_dtype
 from epsim.capture.forward import run_batch
 from epsim.capture.model import MoeModel
-from epsim.capture.random_init import draw_weights
-from epsim.capture.scores import ScoreEstimator, make_fit, make_score
+from epsim.capture.models import deepseek
+from epsim.capture.models.backbones import BACKBONES, backbone_card, reduced_card, text_config
+from epsim.capture.models.device import resolve_device, resolve_dtype
+from epsim.capture.models.random_init import draw_weights
+from epsim.capture.prompts.batches import Batch
+from epsim.capture.scores.estimators import ScoreEstimator, make_fit, make_score
 from epsim.capture.stream import TraceStream
 from epsim.trace.meta import TraceMeta
 from epsim.trace.writer import TraceWriter

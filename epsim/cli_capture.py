@@ -75,8 +75,8 @@ def trace(
         require_trace_extra()
         _run_and_say(output, lambda: _repeated(repeat, output))
         return
+    from epsim.capture.models.source import ModelSource
     from epsim.capture.options import SCORE_NAMES, CaptureOptions, RequestSource
-    from epsim.capture.source import ModelSource
 
     if not mock:
         _require_not_given(context, "is of --mock requests", "text_tokens", "images")

@@ -14,13 +14,13 @@ import pytest
 import torch
 from reference.small_models import BACKBONE_NAMES, TOKENS_PER_IMAGE, small_batch, small_model
 
-from epsim.capture.batches import Batch
 from epsim.capture.capture import capture_batches
 from epsim.capture.forward import run_batch
 from epsim.capture.model import MoeModel
+from epsim.capture.models.source import ModelSource
 from epsim.capture.options import CaptureOptions, RequestSource
+from epsim.capture.prompts.batches import Batch
 from epsim.capture.provenance import make_meta
-from epsim.capture.source import ModelSource
 from epsim.capture.stream import DiskFullError, PassRecord, TraceStream
 from epsim.errors import CapacityError, EpsimError, InputError
 from epsim.trace import Modality, Phase, RoutingTrace, TraceMeta, check_trace

@@ -19,18 +19,25 @@ from reference.small_models import BACKBONE_NAMES, IMAGE_TOKEN_ID, TOKENS_PER_IM
 from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 
-from epsim.capture import checkpoint as checkpoint_module
-from epsim.capture import deepseek, hub, load
-from epsim.capture.backbones import BACKBONES, backbone_card
-from epsim.capture.byte_tokenizer import byte_tokenizer
-from epsim.capture.checkpoint import weight_files
-from epsim.capture.device import check_memory, free_host_bytes, quiet, resolve_device, resolve_dtype, weight_bytes
 from epsim.capture.extra import require_trace_extra
-from epsim.capture.load import known_name, load_model
 from epsim.capture.model import MoeModel
-from epsim.capture.processor import Processor, load_processor
-from epsim.capture.random_init import draw_weights, random_config
-from epsim.capture.source import ModelSource
+from epsim.capture.models import checkpoint as checkpoint_module
+from epsim.capture.models import deepseek, hub, load
+from epsim.capture.models.backbones import BACKBONES, backbone_card
+from epsim.capture.models.byte_tokenizer import byte_tokenizer
+from epsim.capture.models.checkpoint import weight_files
+from epsim.capture.models.device import (
+    check_memory,
+    free_host_bytes,
+    quiet,
+    resolve_device,
+    resolve_dtype,
+    weight_bytes,
+)
+from epsim.capture.models.load import known_name, load_model
+from epsim.capture.models.processor import Processor, load_processor
+from epsim.capture.models.random_init import draw_weights, random_config
+from epsim.capture.models.source import ModelSource
 from epsim.errors import CapacityError, InputError
 
 META = torch.device("meta")
@@ -558,7 +565,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(
     olmoe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """OLMoE VLM in bfloat16: 14.5 GB (see the card); 8 GB are free."""
-    monkeypatch.setattr("epsim.capture.device.free_host_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr("epsim.capture.models.device.free_host_bytes", lambda: 8 * 10**9)
     drawn: list[torch.device] = []
 
     def draw(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
@@ -571,7 +578,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(
         "OLMoE-1B-7B-0125: needs 14.5 GB for its weights, and cpu has 8.0 GB free; write --reduced"
     )
     assert drawn == [META]
-    monkeypatch.setattr("epsim.capture.device.free_host_bytes", lambda: 1000)
+    monkeypatch.setattr("epsim.capture.models.device.free_host_bytes", lambda: 1000)
     assert "a smaller --dtype, or another --device" in refused(olmoe)
 
 
@@ -600,7 +607,7 @@ def test_memory_that_runs_out_while_loading(olmoe: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(checkpoint_module.OlmoeForCausalLM, "from_pretrained", fail)
     assert "does not fit into the memory of cpu" in refused(olmoe)
-    monkeypatch.setattr("epsim.capture.random_init.AutoModelForCausalLM.from_config", fail)
+    monkeypatch.setattr("epsim.capture.models.random_init.AutoModelForCausalLM.from_config", fail)
     monkeypatch.setattr(load, "_needed", lambda *_: 0)
     assert "does not fit into the memory of cpu" in refused(
         ModelSource(random_init="olmoe", text_only=True, device="cpu")
@@ -626,9 +633,7 @@ def test_the_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_source_and_the_extra_load_no_torch() -> None:
-    code = (
-        "import epsim.capture.extra, epsim.capture.source, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
+    code = "import epsim.capture.extra, epsim.capture.models.source, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

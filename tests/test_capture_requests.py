@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from epsim.capture import digits, photos
-from epsim.capture.batches import (
+from epsim.capture.prompts import digits, photos
+from epsim.capture.prompts.batches import (
     Batch,
     EncodedRequest,
     Encoder,
@@ -28,11 +28,11 @@ from epsim.capture.batches import (
     check_prompts,
     encode_prompts,
 )
-from epsim.capture.builtin import BUILTIN_KINDS, builtin_prompts
-from epsim.capture.digits import DigitScene
-from epsim.capture.images import ImageError, ImageFile
-from epsim.capture.mock import MockImages, MockRequests
-from epsim.capture.requests import Prompt, PromptSet, RequestError, read_prompts
+from epsim.capture.prompts.builtin import BUILTIN_KINDS, builtin_prompts
+from epsim.capture.prompts.digits import DigitScene
+from epsim.capture.prompts.images import ImageError, ImageFile
+from epsim.capture.prompts.mock import MockImages, MockRequests
+from epsim.capture.prompts.requests import Prompt, PromptSet, RequestError, read_prompts
 from epsim.errors import InputError
 from tests.reference.small_models import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, small_model
 

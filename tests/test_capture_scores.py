@@ -13,13 +13,20 @@ pytest.importorskip("transformers")
 import torch
 from safetensors.torch import load_file, save_file
 
-from epsim.capture.attention_score import AttentionScore, attention_of_scores, attention_with_scores, combine
-from epsim.capture.gaussian_score import GaussianFit, GaussianScore
-from epsim.capture.gaussian_statistics import Density, FittedModel, GaussianStatistics, hard_weights, moments, stacked
-from epsim.capture.mixture import responsibilities, seed_components
 from epsim.capture.model import ForwardPass, MoeModel
-from epsim.capture.scores import SCORE_NAMES, ScoreEstimator, make_fit, make_score
-from epsim.capture.statistics_file import METADATA_KEY, load_statistics, save_statistics
+from epsim.capture.scores.attention import AttentionScore, attention_of_scores, attention_with_scores, combine
+from epsim.capture.scores.estimators import SCORE_NAMES, ScoreEstimator, make_fit, make_score
+from epsim.capture.scores.gaussian import GaussianFit, GaussianScore
+from epsim.capture.scores.gaussian_statistics import (
+    Density,
+    FittedModel,
+    GaussianStatistics,
+    hard_weights,
+    moments,
+    stacked,
+)
+from epsim.capture.scores.mixture import responsibilities, seed_components
+from epsim.capture.scores.statistics_file import METADATA_KEY, load_statistics, save_statistics
 from epsim.errors import InputError, OutputError
 from epsim.trace.meta import Phase
 from tests.reference.score_reference import (

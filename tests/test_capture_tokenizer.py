@@ -15,12 +15,12 @@ import torch
 from reference.small_models import small_model
 from transformers import PreTrainedTokenizerFast
 
-from epsim.capture import hub
-from epsim.capture.device import quiet
-from epsim.capture.load import load_model
-from epsim.capture.processor import Processor, load_processor
-from epsim.capture.source import ModelSource
-from epsim.capture.tiktoken_file import PATTERN, halves, is_moonshot, moonshot_tokenizer, read_ranks
+from epsim.capture.models import hub
+from epsim.capture.models.device import quiet
+from epsim.capture.models.load import load_model
+from epsim.capture.models.processor import Processor, load_processor
+from epsim.capture.models.source import ModelSource
+from epsim.capture.models.tiktoken_file import PATTERN, halves, is_moonshot, moonshot_tokenizer, read_ranks
 from epsim.errors import InputError
 
 torch.set_num_threads(1)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from epsim.capture.batches import Batch
-from epsim.capture.device import memory_errors
 from epsim.capture.forward import PassTokens, run_batch
 from epsim.capture.model import MoeModel
+from epsim.capture.models.device import memory_errors
+from epsim.capture.prompts.batches import Batch
 from epsim.capture.recorder import RouterRecorder
-from epsim.capture.scores import ScoreEstimator
+from epsim.capture.scores.estimators import ScoreEstimator
 from epsim.capture.stream import PassRecord, TraceStream
 from epsim.errors import EpsimError, InputError
 from epsim.trace.meta import TraceMeta

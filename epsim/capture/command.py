@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 
 from epsim.atomic import require_writable
-from epsim.capture.batches import ahead, batches
 from epsim.capture.capture import Advance, CaptureOutcome, capture_batches
-from epsim.capture.device import memory_errors
 from epsim.capture.forward import run_batch
-from epsim.capture.gaussian_statistics import GaussianStatistics
-from epsim.capture.load import load_model
 from epsim.capture.model import MoeModel
+from epsim.capture.models.device import memory_errors
+from epsim.capture.models.load import load_model
+from epsim.capture.models.processor import load_processor
 from epsim.capture.options import COMPONENTS, CaptureOptions, statistics_path
-from epsim.capture.processor import load_processor
+from epsim.capture.prompts.batches import ahead, batches
 from epsim.capture.provenance import make_meta, options_of_trace, require_same_run
-from epsim.capture.scores import make_fit, make_score
-from epsim.capture.statistics_file import load_statistics, save_statistics
+from epsim.capture.scores.estimators import make_fit, make_score
+from epsim.capture.scores.gaussian_statistics import GaussianStatistics
+from epsim.capture.scores.statistics_file import load_statistics, save_statistics
 from epsim.capture.workload import Workload, make_workload
 from epsim.errors import InputError
 from epsim.trace.meta import TraceMeta

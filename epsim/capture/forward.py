@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from epsim.capture.batches import Batch, moved
 from epsim.capture.model import ForwardPass, MoeModel
+from epsim.capture.prompts.batches import Batch, moved
 from epsim.trace.meta import Phase
 
 

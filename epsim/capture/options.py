@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from epsim.capture.source import ModelSource
+from epsim.capture.models.source import ModelSource
 from epsim.errors import InputError, TraceError
 
 COMPONENTS = {"gaussian": 1, "gmm2": 2, "gmm4": 4}  # Gaussians per modality; fitted in a first pass, or from a file

@@ -12,8 +12,8 @@ import torch
 
 from epsim import __version__
 from epsim.capture.model import MoeModel
+from epsim.capture.models.processor import Processor
 from epsim.capture.options import CaptureOptions
-from epsim.capture.processor import Processor
 from epsim.capture.workload import Workload
 from epsim.errors import InputError, TraceError
 from epsim.trace.file import TraceFile

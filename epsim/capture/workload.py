@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epsim.capture.batches import EncodedRequest, check_prompts, encode_prompts
-from epsim.capture.builtin import builtin_prompts
-from epsim.capture.mock import MockImages, MockRequests
 from epsim.capture.model import MoeModel
+from epsim.capture.models.processor import Processor
 from epsim.capture.options import NUM_REQUESTS, CaptureOptions
-from epsim.capture.processor import Processor
-from epsim.capture.requests import read_prompts
+from epsim.capture.prompts.batches import EncodedRequest, check_prompts, encode_prompts
+from epsim.capture.prompts.builtin import builtin_prompts
+from epsim.capture.prompts.mock import MockImages, MockRequests
+from epsim.capture.prompts.requests import read_prompts
 from epsim.errors import InputError
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from epsim.capture import deepseek
-from epsim.capture.backbones import BACKBONES, CLIP_REDUCED, reduced_card, text_config, vlm_config
 from epsim.capture.model import MoeModel
+from epsim.capture.models import deepseek
+from epsim.capture.models.backbones import BACKBONES, CLIP_REDUCED, reduced_card, text_config, vlm_config
 from epsim.model import ModelCard
 from epsim.scenario import load_model
 

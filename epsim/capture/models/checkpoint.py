@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from epsim.capture.deepseek import DeepseekForCausalLM, check_expressible
+from epsim.capture.models.deepseek import DeepseekForCausalLM, check_expressible
 from epsim.errors import CapacityError, InputError
 
 TEXT_MODELS: dict[str, type[PreTrainedModel]] = {

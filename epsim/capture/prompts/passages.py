@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from epsim.capture.requests import Prompt
+from epsim.capture.prompts.requests import Prompt
 
 PASSAGES = (
     "The tide comes in twice a day on this coast, and each time the causeway to the island disappears. Drivers who "

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from epsim.capture.source import DTYPES
+from epsim.capture.models.source import DTYPES
 from epsim.errors import CapacityError, InputError
 
 GB = 1e9

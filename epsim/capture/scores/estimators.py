@@ -11,11 +11,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from epsim.capture.attention_score import AttentionScore
-from epsim.capture.gaussian_score import GaussianFit, GaussianScore
-from epsim.capture.gaussian_statistics import BETA, TAU_FACTOR, GaussianStatistics
 from epsim.capture.model import ForwardPass, MoeModel
 from epsim.capture.options import COMPONENTS, SCORE_NAMES
+from epsim.capture.scores.attention import AttentionScore
+from epsim.capture.scores.gaussian import GaussianFit, GaussianScore
+from epsim.capture.scores.gaussian_statistics import BETA, TAU_FACTOR, GaussianStatistics
 from epsim.errors import InputError
 
 

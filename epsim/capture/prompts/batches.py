@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from epsim.capture.requests import Prompt, RequestError, check_max_new_tokens
+from epsim.capture.prompts.requests import Prompt, RequestError, check_max_new_tokens
 from epsim.errors import InputError
 
 PAD_TOKEN_ID, OTHER_PAD_TOKEN_ID = 0, 1  # the other where the first is the image token

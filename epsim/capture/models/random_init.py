@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
-from epsim.capture.backbones import (
+from epsim.capture.models.backbones import (
     CLIP_REDUCED,
     CLIP_VIT_L_14_336,
     backbone_card,

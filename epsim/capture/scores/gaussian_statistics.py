@@ -84,8 +84,8 @@ class GaussianStatistics:
     """Exponentially fading statistics of every MoE layer and modality, in float64.
 
     The EMA variant of Welford's algorithm of SMoES, eq. 5-7, as printed: a batch fades what was before it by beta,
-    and counts by its tokens. With C > 1 the three sums are those of the components; `epsim.capture.mixture` says how
-    tokens are shared out among them, and the weight of a component is its part of the modality's count, eq. 5.
+    and counts by its tokens. With C > 1 the three sums are those of the components; `epsim.capture.scores.mixture`
+    says how tokens are shared out among them. The weight of a component is its part of the modality's count, eq. 5.
 
     Attributes:
         model: the model that the vectors are of.

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from epsim.capture.byte_tokenizer import NUM_BYTES, byte_words
+from epsim.capture.models.byte_tokenizer import NUM_BYTES, byte_words
 from epsim.errors import InputError
 
 FILE_NAME = "tiktoken.model"

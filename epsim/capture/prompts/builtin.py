@@ -1,8 +1,8 @@
 """Requests that need no file and no network: `builtin_prompts`.
 
-- `digits`: questions with one right answer about scenes of handwritten digits (`epsim.capture.digits`);
-- `photos`: general questions about parts of photographs (`epsim.capture.photos`);
-- `text`: passages, sums, words and programs, without an image (`epsim.capture.passages`);
+- `digits`: questions with one right answer about scenes of handwritten digits (`epsim.capture.prompts.digits`);
+- `photos`: general questions about parts of photographs (`epsim.capture.prompts.photos`);
+- `text`: passages, sums, words and programs, without an image (`epsim.capture.prompts.passages`);
 - `mixed`: of every five prompts two digits, two photos and one text.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from epsim.capture.digits import digit_prompt
-from epsim.capture.passages import text_prompt
-from epsim.capture.photos import photo_prompt
-from epsim.capture.requests import Prompt, PromptSet, RequestError
+from epsim.capture.prompts.digits import digit_prompt
+from epsim.capture.prompts.passages import text_prompt
+from epsim.capture.prompts.photos import photo_prompt
+from epsim.capture.prompts.requests import Prompt, PromptSet, RequestError
 
 BUILTIN_KINDS = ("mixed", "digits", "photos", "text")
 _MIXED = ("photos", "digits", "photos", "digits", "text")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-from epsim.capture.images import ImageError, ImageFile, ImageSource
+from epsim.capture.prompts.images import ImageError, ImageFile, ImageSource
 from epsim.errors import InputError
 
 MAX_NEW_TOKENS = 2**31 - 1  # steps and positions of a trace are int32

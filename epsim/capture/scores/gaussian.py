@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from epsim.capture.gaussian_statistics import (
+from epsim.capture.model import ForwardPass, MoeModel
+from epsim.capture.scores.gaussian_statistics import (
     BETA,
     NUM_MODALITIES,
     TAU_FACTOR,
@@ -29,9 +30,8 @@ from epsim.capture.gaussian_statistics import (
     moments,
     stacked,
 )
-from epsim.capture.mixture import responsibilities, seed_components
-from epsim.capture.model import ForwardPass, MoeModel
-from epsim.capture.statistics_file import fitted_model
+from epsim.capture.scores.mixture import responsibilities, seed_components
+from epsim.capture.scores.statistics_file import fitted_model
 from epsim.errors import InputError
 from epsim.trace.meta import Phase
 

@@ -9,13 +9,13 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from epsim.capture import deepseek, hub
-from epsim.capture.backbones import BACKBONES, backbone_card, text_config
-from epsim.capture.checkpoint import Checkpoint, load_weights, one_line, open_checkpoint, through_host
-from epsim.capture.device import check_memory, quiet, resolve_device, resolve_dtype, weight_bytes
 from epsim.capture.model import MoeModel
-from epsim.capture.random_init import draw_weights, random_config
-from epsim.capture.source import ModelSource
+from epsim.capture.models import deepseek, hub
+from epsim.capture.models.backbones import BACKBONES, backbone_card, text_config
+from epsim.capture.models.checkpoint import Checkpoint, load_weights, one_line, open_checkpoint, through_host
+from epsim.capture.models.device import check_memory, quiet, resolve_device, resolve_dtype, weight_bytes
+from epsim.capture.models.random_init import draw_weights, random_config
+from epsim.capture.models.source import ModelSource
 from epsim.errors import InputError
 
 

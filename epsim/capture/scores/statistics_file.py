@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from epsim.atomic import whole_file, write_errors
-from epsim.capture.gaussian_statistics import NUM_MODALITIES, FittedModel, GaussianStatistics
 from epsim.capture.model import MoeModel
+from epsim.capture.scores.gaussian_statistics import NUM_MODALITIES, FittedModel, GaussianStatistics
 from epsim.errors import InputError
 
 METADATA_KEY = "epsim_gaussian_statistics"

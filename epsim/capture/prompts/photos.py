@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from epsim.capture.images import ImageError
-from epsim.capture.requests import Prompt
+from epsim.capture.prompts.images import ImageError
+from epsim.capture.prompts.requests import Prompt
 
 MIN_CROP_PERCENT = 60  # of each side
 PHOTOGRAPHS = {

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from epsim.capture.batches import EncodedRequest
-from epsim.capture.builtin import check_num_and_seed
-from epsim.capture.requests import RequestError, check_max_new_tokens
+from epsim.capture.prompts.batches import EncodedRequest
+from epsim.capture.prompts.builtin import check_num_and_seed
+from epsim.capture.prompts.requests import RequestError, check_max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from epsim.capture.deepseek import DeepseekConfig
+from epsim.capture.models.deepseek import DeepseekConfig
 from epsim.errors import InputError
 from epsim.model import ModelCard
 from epsim.model.attention import GroupedQueryAttention, LatentAttention

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from epsim.capture.byte_tokenizer import IMAGE_TOKEN, byte_tokenizer
-from epsim.capture.checkpoint import one_line
-from epsim.capture.device import quiet
 from epsim.capture.model import MoeModel
-from epsim.capture.tiktoken_file import is_moonshot, moonshot_tokenizer
+from epsim.capture.models.byte_tokenizer import IMAGE_TOKEN, byte_tokenizer
+from epsim.capture.models.checkpoint import one_line
+from epsim.capture.models.device import quiet
+from epsim.capture.models.tiktoken_file import is_moonshot, moonshot_tokenizer
 from epsim.errors import InputError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from epsim.capture.requests import Prompt
+from epsim.capture.prompts.requests import Prompt
 
 SCENE_PIXELS = 336  # the image size of CLIP ViT-L/14-336; both 2 and 3 divide it
 PAPER = (250, 248, 240)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epsim.capture.gaussian_statistics import Density
+from epsim.capture.scores.gaussian_statistics import Density
 
 LLOYD_ROUNDS = 5
 

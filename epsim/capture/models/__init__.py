@@ -1,0 +1,1 @@
+"""Models to trace: checkpoints and random weights (`load.load_model`), and what encodes their prompts (`processor`)."""
