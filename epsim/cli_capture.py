@@ -33,7 +33,8 @@ def trace(
     revision: Annotated[str | None, option("Branch, tag or commit on the hub.", MODEL)] = None,
     requests: Annotated[Path | None, option("Prompts, one JSON object per line.", REQUESTS, metavar="FILE")] = None,
     builtin: Annotated[
-        str | None, option("A set that ships with epsim: mixed, digits, photos, text.", REQUESTS, metavar="SET")
+        str | None,
+        option("The default: a set of epsim's, mixed, digits, photos or text.", REQUESTS, metavar="SET"),
     ] = None,
     mock: Annotated[bool, option("Random tokens. Their routing is more skewed than real.", REQUESTS, "--mock")] = False,
     num_requests: Annotated[int | None, option("How many; default 8, of a file all.", REQUESTS)] = None,
@@ -48,8 +49,13 @@ def trace(
     seed: Annotated[int, option("Of random weights, built-in and mock requests.", RUN)] = 0,
     threads: Annotated[int | None, option("Of torch on the CPU.", RUN)] = None,
     scores: Annotated[
-        str, option("attention, gaussian, gmm2, gmm4, comma-separated; all; none.", RECORD, metavar="LIST")
-    ] = "none",
+        str,
+        option(
+            "attention, gaussian, gmm2, gmm4, comma-separated; all; none; auto: attention if the model takes images.",
+            RECORD,
+            metavar="LIST",
+        ),
+    ] = "auto",
     statistics: Annotated[
         list[Path] | None, option("Fitted statistics for gaussian, gmm2, gmm4; repeat.", RECORD, metavar="FILE")
     ] = None,
@@ -80,8 +86,6 @@ def trace(
 
     if not mock:
         _require_not_given(context, "is of --mock requests", "text_tokens", "images")
-    if requests is None and builtin is None and not mock:
-        builtin = "text" if text_only else "mixed"
     options = CaptureOptions(
         model=ModelSource(
             checkpoint=model,
@@ -106,7 +110,7 @@ def trace(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         chunk_size=chunk_size,
-        scores={"all": SCORE_NAMES, "none": ()}.get(scores, tuple(scores.split(","))),
+        scores={"auto": None, "all": SCORE_NAMES, "none": ()}.get(scores, tuple(scores.split(","))),
         statistics=tuple(str(path) for path in statistics or ()),
         num_threads=threads,
         compress=compress,

@@ -103,6 +103,17 @@ def test_prompts_of_a_file_and_statistics_of_another_run(cli: Cli, tmp_path: Pat
     assert not (tmp_path / "c.arrow").exists()
 
 
+def test_what_is_left_open_fits_the_model(cli: Cli, tmp_path: Path) -> None:
+    """Without --scores and --requests: attention scores and images for a model with eyes, neither for one without."""
+    cli.run("trace", *SMALL, "--num-requests", 1, "--max-new-tokens", 1, "-o", "eyes.arrow")
+    cli.run("trace", *SMALL, "--text-only", "--num-requests", 1, "--max-new-tokens", 1, "-o", "text.arrow")
+    eyes, text = (TraceFile.open(tmp_path / name) for name in ("eyes.arrow", "text.arrow"))
+    assert [name for name in eyes.columns if name.startswith("modality_score")] == ["modality_score_attention"]
+    assert eyes.requests.num_vision_tokens_Q.tolist() == [576]
+    assert not [name for name in text.columns if name.startswith("modality_score")]
+    assert text.requests.num_vision_tokens_Q.tolist() == [0]
+
+
 BAD = {
     "no output": (["--random-init", "olmoe"], "no file to write"),
     "no model": (["-o", "t.arrow"], "--random-init"),

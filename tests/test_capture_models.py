@@ -633,7 +633,8 @@ def test_the_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_source_and_the_extra_load_no_torch() -> None:
-    code = "import epsim.capture.extra, epsim.capture.models.source, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    imports = "import epsim.capture.extra, epsim.capture.models.source, epsim.capture.options, sys"
+    code = f"{imports}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

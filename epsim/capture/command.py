@@ -73,6 +73,7 @@ def _capture(
         torch.set_num_threads(options.num_threads)
     given = _given_statistics(options)
     model = load_model(options.model)
+    options = options.for_model(takes_images=model.is_vlm)
     processor = load_processor(model)
     workload = make_workload(options, model, processor)
     meta = make_meta(options, model, processor, workload)
@@ -83,7 +84,7 @@ def _capture(
     fitted = _fit(options, model, workload, missing, count) if missing else {}
     for name, statistics in fitted.items():
         save_statistics(statistics, statistics_path(path, name))
-    scores = [make_score(name, (given | fitted).get(name)) for name in options.scores]
+    scores = [make_score(name, (given | fitted).get(name)) for name in options.scores or ()]
     with count("tracing", workload.num) as advance:
         return capture_batches(
             model,
@@ -105,7 +106,7 @@ def _given_statistics(options: CaptureOptions) -> dict[str, GaussianStatistics]:
     for file in options.statistics:
         statistics = load_statistics(file)
         name = by_components.get(statistics.num_components, "")
-        if name not in options.scores or name in found:
+        if name not in options.fitted_scores or name in found:
             raise InputError(
                 f"--statistics {file}: is for the score {name or statistics.num_components}, which this run "
                 f"{'has statistics for already' if name in found else 'does not record'}; leave it out"

@@ -4,9 +4,9 @@ The options are kept in the trace (`to_mapping`), so that the run can be repeate
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from epsim.capture.models.source import ModelSource
 from epsim.errors import InputError, TraceError
@@ -19,6 +19,8 @@ SCORE_NAMES = ("attention", *COMPONENTS)
 @dataclass(frozen=True, kw_only=True)
 class RequestSource:
     """Where requests come from: `path`, a JSONL file; `builtin`, a set that ships with epsim; or `mock` tokens.
+
+    None of the three: the built-in set that fits the model.
 
     Attributes:
         num_requests: of a built-in or mock set, None for 8; of a file, the first so many, None for all.
@@ -35,15 +37,10 @@ class RequestSource:
     images: int = 1
 
     def __post_init__(self) -> None:
-        if (self.path is not None) + (self.builtin is not None) + self.mock != 1:
-            raise InputError("--requests, --builtin and --mock: write one of them")
+        if (self.path is not None) + (self.builtin is not None) + self.mock > 1:
+            raise InputError("--requests, --builtin and --mock: write one of them, or none")
         _require_at_least(1, self, "num_requests", "text_tokens")
         _require_at_least(0, self, "seed", "images")
-
-    @property
-    def kind(self) -> Literal["file", "builtin", "mock"]:
-        """Which of the three."""
-        return "mock" if self.mock else "builtin" if self.builtin is not None else "file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,8 @@ class CaptureOptions:
         max_new_tokens: output tokens of a request that does not say.
         batch_size: requests that are run together.
         chunk_size: columns of a prefill that are run at once; None for all.
-        scores: estimators of the soft modality score, of `SCORE_NAMES`.
+        scores: estimators of the soft modality score, of `SCORE_NAMES`; None for those that cost no pass of their own:
+            "attention" for a model that takes images.
         statistics: files with the fitted statistics of estimators; what has none is fitted in a first pass.
         num_threads: of torch on the CPU; sums, and so the last bits, depend on it. None: torch's own choice.
         compress: the trace, with zstd.
@@ -66,7 +64,7 @@ class CaptureOptions:
     max_new_tokens: int = 16
     batch_size: int = 8
     chunk_size: int | None = None
-    scores: tuple[str, ...] = ()
+    scores: tuple[str, ...] | None = None
     statistics: tuple[str, ...] = ()
     num_threads: int | None = None
     compress: bool = False
@@ -74,12 +72,13 @@ class CaptureOptions:
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "max_new_tokens", "batch_size", "chunk_size", "num_threads")
-        for name in self.scores:
+        scores = self.scores or ()
+        for name in scores:
             if name not in SCORE_NAMES:
                 raise InputError(f'--scores: "{name}" is not one; write some of {",".join(SCORE_NAMES)}, or none')
-        if len(set(self.scores)) < len(self.scores):
-            raise InputError(f"--scores {','.join(self.scores)}: one is there twice; write each once")
-        if self.statistics and not set(self.scores) & set(COMPONENTS):
+        if len(set(scores)) < len(scores):
+            raise InputError(f"--scores {','.join(scores)}: one is there twice; write each once")
+        if self.statistics and not set(scores) & set(COMPONENTS):
             raise InputError(
                 f"--statistics {self.statistics[0]}: no score of this run needs it; write --scores gaussian"
             )
@@ -95,7 +94,8 @@ class CaptureOptions:
             rest = {name: values[name] for name in (each.name for each in fields(cls))}
             rest["model"] = ModelSource(**values["model"])
             rest["requests"] = RequestSource(**values["requests"])
-            rest["scores"], rest["statistics"] = tuple(values["scores"]), tuple(values["statistics"])
+            rest["scores"] = None if values["scores"] is None else tuple(values["scores"])
+            rest["statistics"] = tuple(values["statistics"])
             return cls(**rest)
         except (KeyError, TypeError) as error:
             raise TraceError(f"its metadata does not say how it was captured ({error})") from error
@@ -103,7 +103,16 @@ class CaptureOptions:
     @property
     def fitted_scores(self) -> tuple[str, ...]:
         """The estimators that need statistics."""
-        return tuple(name for name in self.scores if name in COMPONENTS)
+        return tuple(name for name in self.scores or () if name in COMPONENTS)
+
+    def for_model(self, *, takes_images: bool) -> Self:
+        """Return the options with what was left open settled."""
+        requests, scores = self.requests, self.scores
+        if requests.path is None and requests.builtin is None and not requests.mock:
+            requests = replace(requests, builtin="mixed" if takes_images else "text")
+        if scores is None:
+            scores = ("attention",) if takes_images else ()
+        return replace(self, requests=requests, scores=scores)
 
 
 def statistics_path(trace_path: Path, score: str) -> Path:

@@ -42,7 +42,7 @@ def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, wo
         },
     }
     shape = model.shape
-    drew_something = model.random_weights or options.requests.kind != "file" or options.fitted_scores
+    drew_something = model.random_weights or options.requests.path is None or options.fitted_scores
     return TraceMeta(
         layer_ids=shape.layer_ids,
         num_experts=shape.num_experts,
