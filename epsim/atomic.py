@@ -31,6 +31,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def require_writable(path: Path) -> None:
     """Raise OutputError unless a file can be written there, before hours of work that end in writing it."""
     require_replaceable(path)
+    if not path.parent.exists():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it, or name another path")
     with write_errors(path):
         _part(path.resolve()).touch()
         _part(path.resolve()).unlink()

@@ -67,7 +67,7 @@ def trace(
 ) -> None:
     """Run a real model and record where every token goes; or look at, check, make and convert routing traces.
 
-    epsim trace --random-init olmoe --reduced --scores attention -o t.arrow
+    epsim trace --random-init olmoe --reduced -o t.arrow
     """
     if context.invoked_subcommand is not None:
         _require_nothing_given(context)
@@ -139,17 +139,25 @@ def _say(line: str) -> None:
 
 
 def _run_and_say(output: Path, run: Callable[[], Any]) -> None:
-    """Say what the trace holds; if something ended the capture early, what, and exit with a code that tells."""
+    """Say what the trace holds; if something ended the capture early, what, and exit with a code that tells.
+
+    SIGTERM, with which schedulers end a job, ends it as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcome = run()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the exit code
         typer.echo(f"epsim: interrupted before anything was done; {output} is not written", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    held = f"{outcome.num_requests} requests, {outcome.num_tokens} tokens"
+    plural = "" if outcome.num_requests == 1 else "s"
+    held = f"{outcome.num_requests} request{plural}, {outcome.num_tokens} tokens"
     if outcome.stopped_by is None:
         typer.echo(f"wrote {output}: {held}", err=True)
         return
     interrupted = isinstance(outcome.stopped_by, KeyboardInterrupt)
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     what = "interrupted" if interrupted else " ".join(str(outcome.stopped_by).splitlines())
     typer.echo(f"epsim: {what}; {output} holds what was done by then: {held}", err=True)
     raise typer.Exit(INTERRUPTED if interrupted else 2)

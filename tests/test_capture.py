@@ -217,7 +217,7 @@ def test_what_was_done_before_a_stop_is_kept(error: BaseException, tmp_path: Pat
     assert outcome.stopped_by is error
     assert (outcome.num_requests, outcome.num_tokens) == (2, 29 + 22 + 3 + 5)
     check_trace(TraceFile.open(path))
-    assert not threading.active_count() > 1
+    assert "trace writer" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_stop_in_the_middle_of_a_prefill_drops_its_prompts(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.
     batches = [make_batch(seed, first_id=2 * seed) for seed in range(4)]
     outcome = capture_batches(model, batches, path, meta_of(model))
     assert isinstance(outcome.stopped_by, EpsimError)
-    assert "free on its disk" in str(outcome.stopped_by)
+    assert "make room" in str(outcome.stopped_by)
     trace = TraceFile.open(path)
     check_trace(trace)
     assert 0 < trace.num_tokens == outcome.num_tokens < 4 * 59

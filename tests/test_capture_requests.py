@@ -112,7 +112,7 @@ def test_a_file_is_read_as_people_write_it(tmp_path: Path) -> None:
         ('{"text": "a", "max_new_tokens": 3000000000}', "max_new_tokens: 3000000000 must be"),
         ('{"text": "a", "images": "a.png"}', 'images: "a.png" must be a list of paths, e.g. ["cat.png"]'),
         ('{"text": "a", "images": [1]}', "images: [1] must be a list of paths"),
-        ('{"text": "a", "image": ["a.png"]}', 'image: ["a.png"] must be one path; several go in "images"'),
+        ('{"text": "a", "image": ["a.png"]}', 'image: ["a.png"] must be one path, in quotes; several go in "images"'),
         ('{"text": "a", "image": ""}', 'image: "" must be one path'),
         ('{"text": "a", "image": "a.png", "images": []}', 'has "image" and "images"; write all of them in "images"'),
         ('{"text": "a", "image": "https://a.org/b.png"}', '"https://a.org/b.png" is an address; write the path'),
@@ -523,11 +523,12 @@ def refused(prompt: Prompt, encoder: Encoder, max_tokens: int | None = None) -> 
 def test_prompts_that_cannot_run_are_named() -> None:
     assert refused(PROMPTS[0], FakeEncoder(), 12) == {
         "p:1: 8 prompt tokens and 5 new ones must be at most 12 together, the model's context; "
-        "shorten the prompt, or ask for fewer new tokens"
+        "ask for fewer new tokens, or give shorter prompts (--requests)"
     }
     assert len(list(encode_prompts(PROMPTS, FakeEncoder(), default_max_new_tokens=5, max_tokens=13))) == 3
     assert refused(PROMPTS[2], FakeEncoder(image_token_id=None)) == {
-        "p:3: has an image, and the model reads none; ask without, or take a vision-language model"
+        "p:3: has an image, and the model reads none; ask without images (--builtin text), "
+        "or take a vision-language model"
     }
     prompt = Prompt(text="<image> twice", images=(Plain(1),), name="p:9")
     assert refused(prompt, FakeEncoder()) == {"p:9: placeholders and images differ"}

@@ -20,7 +20,7 @@ from epsim.capture.scores.estimators import make_fit, make_score
 from epsim.capture.scores.gaussian_statistics import GaussianStatistics
 from epsim.capture.scores.statistics_file import load_statistics, save_statistics
 from epsim.capture.workload import Workload, make_workload
-from epsim.errors import InputError
+from epsim.errors import InputError, OutputError
 from epsim.trace.meta import TraceMeta
 
 CountRequests = Callable[[str, int], AbstractContextManager[Advance]]  # a label and how many: a progress bar
@@ -67,8 +67,7 @@ def _capture(
     say: Callable[[str], None],
     check: Callable[[TraceMeta], None],
 ) -> CaptureOutcome:
-    for file in (path, *(statistics_path(path, name) for name in options.fitted_scores)):
-        require_writable(file)
+    require_writable(path)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     given = _given_statistics(options)
@@ -80,10 +79,13 @@ def _capture(
     check(meta)
     missing = [name for name in options.fitted_scores if name not in given]
     _require_images(workload, missing)
+    outputs = [path, *(statistics_path(path, name) for name in missing)]
+    _require_apart(outputs, [*workload.files, *map(Path, options.statistics)])
     say(f"{model.name}: {meta.words}")
     fitted = _fit(options, model, workload, missing, count) if missing else {}
     for name, statistics in fitted.items():
         save_statistics(statistics, statistics_path(path, name))
+        say(f"wrote {statistics_path(path, name)}")
     scores = [make_score(name, (given | fitted).get(name)) for name in options.scores or ()]
     with count("tracing", workload.num) as advance:
         return capture_batches(
@@ -113,6 +115,15 @@ def _given_statistics(options: CaptureOptions) -> dict[str, GaussianStatistics]:
             )
         found[name] = statistics
     return found
+
+
+def _require_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raise OutputError if a file cannot be written, or would replace one that is read."""
+    read = {file.resolve() for file in inputs}
+    for file in outputs:
+        require_writable(file)
+        if file.resolve() in read:
+            raise OutputError(f"{file}: is read for this; name another file with -o")
 
 
 def _require_images(workload: Workload, to_fit: Sequence[str]) -> None:

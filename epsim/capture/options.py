@@ -13,6 +13,8 @@ from epsim.errors import InputError, TraceError
 
 COMPONENTS = {"gaussian": 1, "gmm2": 2, "gmm4": 4}  # Gaussians per modality; fitted in a first pass, or from a file
 NUM_REQUESTS = 8  # of a built-in or mock set that does not say
+MAX_REQUESTS = 100_000  # of a built-in or mock set
+MAX_THREADS = 1024
 SCORE_NAMES = ("attention", *COMPONENTS)
 
 
@@ -40,6 +42,8 @@ class RequestSource:
         if (self.path is not None) + (self.builtin is not None) + self.mock > 1:
             raise InputError("--requests, --builtin and --mock: write one of them, or none")
         _require_at_least(1, self, "num_requests", "text_tokens")
+        if self.path is None and (self.num_requests or 0) > MAX_REQUESTS:
+            raise InputError(f"--num-requests {self.num_requests}: must be at most {MAX_REQUESTS}")
         _require_at_least(0, self, "seed", "images")
 
 
@@ -72,6 +76,10 @@ class CaptureOptions:
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "max_new_tokens", "batch_size", "chunk_size", "num_threads")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise InputError(f"--threads {self.num_threads}: must be at most {MAX_THREADS}")
+        if not self.note.isprintable():
+            raise InputError(f"--note {self.note!r}: must be one line of text without control characters")
         scores = self.scores or ()
         for name in scores:
             if name not in SCORE_NAMES:
@@ -124,4 +132,5 @@ def _require_at_least(least: int, holder: object, *names: str) -> None:
     for name in names:
         value = getattr(holder, name)
         if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+            option = name.removeprefix("num_") if name == "num_threads" else name.replace("_", "-")
+            raise InputError(f"--{option} {value}: must be {least} or more")

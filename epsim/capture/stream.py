@@ -149,8 +149,12 @@ class TraceStream:
     def _require_room(self, parts: list[RoutingTrace]) -> None:
         """Raise DiskFullError unless these, and what the writer still holds, fit on the disk."""
         free = shutil.disk_usage(self._writer.path.resolve().parent).free
-        if free < self._writer.num_pending_bytes + sum(part.num_bytes for part in parts) + DISK_RESERVE_BYTES:
-            raise DiskFullError(f"{self._writer.path}: only {format_size(free)} are free on its disk")
+        needed = self._writer.num_pending_bytes + sum(part.num_bytes for part in parts) + DISK_RESERVE_BYTES
+        if free < needed:
+            raise DiskFullError(
+                f"{self._writer.path}: needs {format_size(needed)} on its disk, where {format_size(free)} are free; "
+                "make room, or name another place with -o"
+            )
 
 
 @dataclass(frozen=True)

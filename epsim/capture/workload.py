@@ -10,6 +10,7 @@ from epsim.capture.models.processor import Processor
 from epsim.capture.options import NUM_REQUESTS, CaptureOptions
 from epsim.capture.prompts.batches import EncodedRequest, check_prompts, encode_prompts
 from epsim.capture.prompts.builtin import builtin_prompts
+from epsim.capture.prompts.images import ImageFile
 from epsim.capture.prompts.mock import MockImages, MockRequests
 from epsim.capture.prompts.requests import read_prompts
 from epsim.errors import InputError
@@ -23,6 +24,7 @@ class Workload:
         num, num_images: requests, and images in all of them.
         words: for people.
         provenance: for JSON; tells these requests from others.
+        files: that are read for them.
         encoded: returns the requests, each encoded when it is asked for.
     """
 
@@ -30,6 +32,7 @@ class Workload:
     num_images: int
     words: str
     provenance: dict[str, Any]
+    files: tuple[Path, ...]
     encoded: Callable[[], Iterable[EncodedRequest]]
 
 
@@ -40,11 +43,13 @@ def make_workload(options: CaptureOptions, model: MoeModel, processor: Processor
         return _mock_workload(options, model, processor)
     if source.builtin is not None:
         prompts = builtin_prompts(source.builtin, source.num_requests or NUM_REQUESTS, source.seed)
-        words = f"{len(prompts)} built-in {source.builtin}"
+        words, files = f"{len(prompts)} built-in {source.builtin}", set[Path]()
     else:
         assert source.path is not None
         prompts = read_prompts(Path(source.path))[: source.num_requests]
         words = f"{len(prompts)} of {source.path}"
+        files = {image.path for prompt in prompts for image in prompt.images if isinstance(image, ImageFile)}
+        files.add(Path(source.path))
     limits = {"default_max_new_tokens": options.max_new_tokens, "max_tokens": _context(model)}
     check_prompts(prompts, processor, **limits)
     return Workload(
@@ -52,6 +57,7 @@ def make_workload(options: CaptureOptions, model: MoeModel, processor: Processor
         num_images=sum(len(prompt.images) for prompt in prompts),
         words=words,
         provenance=prompts.describe(),
+        files=tuple(sorted(files)),
         encoded=lambda: encode_prompts(prompts, processor, **limits),
     )
 
@@ -87,6 +93,7 @@ def _mock_workload(options: CaptureOptions, model: MoeModel, processor: Processo
         num_images=mock.num * (images.num_per_request if images else 0),
         words=f"{mock.num} of random tokens",
         provenance=mock.describe(),
+        files=(),
         encoded=lambda: mock,
     )
 

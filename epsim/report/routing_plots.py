@@ -67,10 +67,15 @@ def _distribution(stats: Stats) -> Any:
     figure.suptitle(f"Routed pairs of each expert, by modality of the token{some}", fontsize=11, x=0.01, ha="left")
     figure.supylabel("routed (token, expert) pairs", fontsize=9)
     size = stats["trace"]["num_experts"] // num_bins
-    label = f"experts {order}, a column each, in {num_bins} bins of {size}"
+    idle = "; a gap is an expert without tokens" if any(_idle(layer) for layer in layers) else ""
+    label = f"experts {order}, a column each, in {num_bins} bins of {size}{idle}"
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     footer(figure, stats, label)
     return figure
+
+
+def _idle(layer: Stats) -> bool:
+    return bool((np.sum(list(layer["expert_load"].values()), axis=0) == 0).any())
 
 
 def _stacked(ax: Any, layer: Stats, num_bins: int, *, by_bias: bool) -> None:
@@ -122,9 +127,11 @@ def _distance(ax: Any, ids: Sequence[int], layers: Sequence[Stats], epsilon: flo
     smoothed = [layer["mrd_distance_smoothed_nats"] for layer in layers]
     infinite = [at for at, layer in enumerate(layers) if exact[at] is None and layer["num_one_sided_experts"]]
     whole: dict[str, Any] = {"markersize": 5, "clip_on": False}  # markers at the upper edge
-    label = "MRD distance (SMAR eq. 10)"
-    ax.plot(ids, np.array(exact, dtype=np.float64), "o", color=_MRD_COLOUR, label=label, **whole)
-    ax.plot(ids, smoothed, "--", color="#555555", linewidth=1, label=f"with {epsilon:g} added to every expert's share")
+    if len(infinite) < len(layers):
+        label = "MRD distance (SMAR eq. 10)"
+        ax.plot(ids, np.array(exact, dtype=np.float64), "o", color=_MRD_COLOUR, label=label, **whole)
+    label = f"MRD distance (SMAR eq. 10) with {epsilon:g} added to every expert's share"
+    ax.plot(ids, smoothed, "--", color="#555555", linewidth=1, label=label)
     if infinite:
         label = "infinite without it: some expert has one modality alone"
         at_height = [smoothed[at] for at in infinite]

@@ -30,7 +30,7 @@ def load_model(source: ModelSource) -> MoeModel:
     _check_experts(source.experts_implementation)
     deepseek.register()
     with quiet():
-        model = _random(source, dtype, device) if source.random_init else _checkpoint(source, dtype, device)
+        model = _random(source, dtype, device) if source.random_init is not None else _checkpoint(source, dtype, device)
         model.module.eval().requires_grad_(False)
         _set_experts(model, source.experts_implementation)
     chosen = {"experts_implementation": model.decoder.config._experts_implementation}
@@ -70,6 +70,8 @@ def _random(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Mo
 def _checkpoint(source: ModelSource, dtype: torch.dtype, device: torch.device) -> MoeModel:
     assert source.checkpoint is not None
     local = Path(source.checkpoint).expanduser()
+    if local.is_file():
+        raise InputError(f"{local}: is a file; write the folder of a checkpoint")
     if local.is_dir():
         if source.revision is not None:
             raise InputError(f'--revision "{source.revision}": {local} is a folder; leave the revision out')

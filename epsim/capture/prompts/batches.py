@@ -163,7 +163,8 @@ def _encode(
 ) -> EncodedRequest:
     if prompt.images and encoder.image_token_id is None:
         raise RequestError(
-            f"{prompt.name}: has an image, and the model reads none; ask without, or take a vision-language model"
+            f"{prompt.name}: has an image, and the model reads none; ask without images (--builtin text), or take a "
+            "vision-language model"
         )
     try:
         encoded = encoder.encode(prompt.text, [BLANK if blank else image.open() for image in prompt.images])
@@ -187,7 +188,7 @@ def _check_length(name: str, num_prompt_tokens: int, max_new_tokens: int, max_to
     if max_tokens is not None and num_prompt_tokens + max_new_tokens > max_tokens:
         raise RequestError(
             f"{name}: {num_prompt_tokens} prompt tokens and {max_new_tokens} new ones must be at most {max_tokens} "
-            "together, the model's context; shorten the prompt, or ask for fewer new tokens"
+            "together, the model's context; ask for fewer new tokens, or give shorter prompts (--requests)"
         )
 
 

@@ -195,7 +195,9 @@ def _image_names(place: str, fields: dict[str, Any]) -> Sequence[str]:
         raise RequestError(f'{place}: has "image" and "images"; write all of them in "images"')
     if "image" in fields:
         if not isinstance(fields["image"], str) or not fields["image"]:
-            raise RequestError(f'{place}: image: {_shown(fields["image"])} must be one path; several go in "images"')
+            raise RequestError(
+                f'{place}: image: {_shown(fields["image"])} must be one path, in quotes; several go in "images"'
+            )
         return (fields["image"],)
     names = fields.get("images", [])
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):

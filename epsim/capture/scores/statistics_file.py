@@ -62,8 +62,10 @@ def load_statistics(path: str | os.PathLike[str]) -> GaussianStatistics:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in TENSORS if name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: the Gaussian statistics cannot be read: {reason}") from error
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: the Gaussian statistics cannot be read: {reason}; name a file that epsim trace fitted"
+        ) from error
     return _statistics(path, metadata, tensors)
 
 
