@@ -87,7 +87,7 @@ class _Gates:
 
     def _hook(self, layer_id: int) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
-            self.logits_by_layer[layer_id].append(output[0].double().numpy())
+            self.logits_by_layer[layer_id].append(output[0].double().cpu().numpy())
 
         return keep
 
@@ -126,7 +126,9 @@ def test_picks_and_weights_are_those_of_the_router_logits(backbone: str, vlm: bo
     for index, layer_id in enumerate(model.layer_ids):
         logits = np.concatenate([a[m] for a, m in zip(gates.logits_by_layer[layer_id], is_token, strict=True)])
         bias = getattr(model.layers[layer_id].mlp.gate, "e_score_correction_bias", None)
-        picks, weights = recompute(backbone, logits, None if bias is None else bias.double().numpy(), trace.meta.topk)
+        picks, weights = recompute(
+            backbone, logits, None if bias is None else bias.double().cpu().numpy(), trace.meta.topk
+        )
         order = np.argsort(rows.topk_expert_ids_TLK[:, index], axis=1)
         reference = np.argsort(picks, axis=1)
         found = np.take_along_axis(rows.topk_expert_ids_TLK[:, index], order, 1)
@@ -180,9 +182,9 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     model, batch = small_model("qwen3-moe"), make_batch()
     trace = capture(model, [batch], tmp_path / "t.arrow")
     generated = model.module.generate(
-        input_ids=batch.token_ids_BS,
-        attention_mask=batch.is_token_BS.long(),
-        pixel_values=batch.pixel_values,
+        input_ids=batch.token_ids_BS.to(model.device),
+        attention_mask=batch.is_token_BS.long().to(model.device),
+        pixel_values=batch.pixel_values.to(model.device),
         max_new_tokens=6,
         do_sample=False,
         suppress_tokens=[model.image_token_id],
@@ -361,7 +363,8 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_prefill_alone() -> None:
-    passes = list(run_batch(small_model("olmoe"), make_batch(), decode=False, chunk_size=10))
+    model = small_model("olmoe")
+    passes = list(run_batch(model, make_batch().to(model.device), decode=False, chunk_size=10))
     assert [tokens.token_ids_BS.shape[1] for tokens in passes] == [10, 10, 9]
     assert [tokens.ends_prefill for tokens in passes] == [False, False, True]
 

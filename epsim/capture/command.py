@@ -80,7 +80,8 @@ def _capture(
     missing = [name for name in options.fitted_scores if name not in given]
     _require_images(workload, missing)
     outputs = [path, *(statistics_path(path, name) for name in missing)]
-    _require_apart(outputs, [*workload.files, *map(Path, options.statistics)])
+    checkpoint = model.folder.iterdir() if model.folder else ()
+    _require_apart(outputs, [*workload.files, *map(Path, options.statistics), *checkpoint])
     say(f"{model.name}: {meta.words}")
     fitted = _fit(options, model, workload, missing, count) if missing else {}
     for name, statistics in fitted.items():

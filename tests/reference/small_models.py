@@ -1,5 +1,6 @@
 """Random models of every backbone, small enough for a test: `small_model`, and a padded batch for it, `small_batch`."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,10 @@ def small_card(backbone: str, num_moe_layers: int = 2, num_experts: int = 8) -> 
 def small_model(
     backbone: str, *, vlm: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int
 ) -> MoeModel:
-    """Return a random model on the CPU; a prompt's image is `TOKENS_PER_IMAGE` times `IMAGE_TOKEN_ID`."""
+    """Return a random model on the CPU, or where EPSIM_TEST_DEVICE says, with the same weights.
+
+    A prompt's image is `TOKENS_PER_IMAGE` times `IMAGE_TOKEN_ID`.
+    """
     deepseek.register()
     torch.manual_seed(seed)
     config = text_config(backbone, small_card(backbone, **sizes))
@@ -43,7 +47,8 @@ def small_model(
                 buffer.normal_(std=0.1)
         for parameter in module.parameters():  # buffers stay float32, as in a model that is loaded
             parameter.data = parameter.data.to(dtype)
-    return MoeModel(name=f"small {backbone}", module=module.eval(), random_weights=True)
+    module = module.eval().to(os.environ.get("EPSIM_TEST_DEVICE", "cpu"))
+    return MoeModel(name=f"small {backbone}", module=module, random_weights=True)
 
 
 def small_batch(seed: int = 0, lengths: tuple[int, ...] = (29, 22), vlm: bool = True) -> dict[str, torch.Tensor]:
