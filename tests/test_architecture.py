@@ -61,6 +61,11 @@ UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
 HEAVY_AT_HOME = {
     "torch": {"capture"},
     "transformers": {"capture"},
+    "tokenizers": {"capture"},
+    "safetensors": {"capture"},
+    "PIL": {"capture"},
+    "sklearn": {"capture"},
+    "skimage": {"capture"},
     "numba": {"trace", "traffic", "sim"},
     "networkx": {"cluster"},
     "simpy": {"sim"},
