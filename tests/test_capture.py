@@ -1,5 +1,6 @@
 """Captures of small random models of every backbone: the picks, the rows, the file, and what happens on the way."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -329,10 +330,39 @@ def test_nothing_is_written_after_a_failure(tmp_path: Path, monkeypatch: pytest.
         for _ in range(2):
             with pytest.raises(DiskFullError):
                 s.put(pass_record(model, 1, Phase.DECODE))
-        s._queue.put(s._send(pass_record(model, 1, Phase.DECODE)))  # as one that was on its way
+        s._queue.put(s._send(pass_record(model, 1, Phase.DECODE), s._free_slots.get()))  # as one that was on its way
     trace = TraceFile.open(tmp_path / "t.arrow")
     check_trace(trace)
     assert trace.requests.request_id_Q.tolist() == [0]
+
+
+def test_an_interrupt_at_any_moment_loses_no_wake_up(tmp_path: Path) -> None:
+    """An interrupt while a pass is handed over must not leave the writer asleep, and the end waiting for it."""
+
+    def raise_in_main(number: int, frame: object) -> None:
+        raise TimeoutError if number == signal.SIGALRM else KeyboardInterrupt
+
+    model = small_model("olmoe")
+    records = [pass_record(model, 0, Phase.PREFILL), pass_record(model, 0, Phase.DECODE)]
+    handlers = {number: signal.signal(number, raise_in_main) for number in (signal.SIGALRM, signal.SIGVTALRM)}
+    delay = np.random.default_rng(0)
+    signal.alarm(60)  # a writer that sleeps on
+    try:
+        for _ in range(150):
+            stream = None
+            with TraceWriter(tmp_path / "t.arrow", meta_of(model)) as writer, suppress(KeyboardInterrupt):
+                stream = TraceStream(writer)
+                with stream:
+                    stream.put(records[0])
+                    signal.setitimer(signal.ITIMER_VIRTUAL, delay.uniform(1e-4, 4e-3))
+                    while True:
+                        stream.put(records[1])
+            assert stream is not None
+            assert not stream._thread.is_alive()
+    finally:
+        signal.alarm(0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def pass_record(model: MoeModel, request_id: int, phase: Phase) -> PassRecord:

@@ -61,8 +61,12 @@ class TraceStream:
         self.num_tokens = 0  # handed to the writer
         self.num_requests = 0  # whose prefill was handed to the writer
         self._writer = writer
-        self._queue: queue.Queue[_OnItsWay | None] = queue.Queue(maxsize=depth)
-        self._buffers = _PinnedBuffers(depth + 1)
+        # Not `queue.Queue`: an interrupt in the middle of its `put` can lose the wake-up of the next one.
+        self._queue: queue.SimpleQueue[_OnItsWay | None] = queue.SimpleQueue()
+        self._free_slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(depth):
+            self._free_slots.put(slot)
+        self._buffers = _PinnedBuffers(depth)
         self._copy_stream: torch.cuda.Stream | None = None
         self._held: list[RoutingTrace] = []
         self._failure: BaseException | None = None
@@ -85,7 +89,7 @@ class TraceStream:
         Raises DiskFullError if there was no room for an earlier one, OutputError if it could not be written.
         """
         self._raise_failure()
-        self._queue.put(self._send(record))
+        self._queue.put(self._send(record, self._free_slots.get()))
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -93,26 +97,24 @@ class TraceStream:
 
     def _finish(self) -> KeyboardInterrupt | None:
         """Wait until the thread has written all, for it must not go on when the file is closed; return a Ctrl-C."""
-        interrupt, told = None, False
+        interrupt = None
         while self._thread.is_alive():
             try:
-                if not told:
-                    self._queue.put(None)
-                    told = True
+                self._queue.put(None)
                 self._thread.join()
             except KeyboardInterrupt as error:
                 interrupt = error
         return interrupt
 
-    def _send(self, record: PassRecord) -> "_OnItsWay":
+    def _send(self, record: PassRecord, slot: int) -> "_OnItsWay":
         device = record.arrays["picks"].device
         if device.type != "cuda":
-            return _OnItsWay(record, dict(record.arrays), None, None)
+            return _OnItsWay(record, dict(record.arrays), None, slot)
         if self._copy_stream is None:
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copy_stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._copy_stream):
-            slot, on_host = self._buffers.take(record.arrays)
+            on_host = self._buffers.on_host(slot, record.arrays)
             for name, tensor in record.arrays.items():
                 on_host[name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._copy_stream)
@@ -128,8 +130,7 @@ class TraceStream:
             except BaseException as error:  # raised by `put` in the thread of the model
                 self._failure = error
             finally:
-                if item.slot is not None:
-                    self._buffers.give_back(item.slot)
+                self._free_slots.put(item.slot)
 
     def _write(self, item: "_OnItsWay") -> None:
         if item.copied is not None:
@@ -162,30 +163,22 @@ class _OnItsWay:
     record: PassRecord
     on_host: Mapping[str, Tensor]
     copied: Any  # torch.cuda.Event, or None if on_host was never on a device
-    slot: int | None
+    slot: int
 
 
 class _PinnedBuffers:
     """Page-locked memory for the arrays of a few passes; grows to the largest pass and is used again and again."""
 
     def __init__(self, num_slots: int) -> None:
-        self._free: queue.Queue[int] = queue.Queue()
         self._slots: list[dict[str, Tensor]] = [{} for _ in range(num_slots)]
-        for slot in range(num_slots):
-            self._free.put(slot)
 
-    def take(self, arrays: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-        """Return a slot, waiting for one, and in it a host tensor for each of the arrays."""
-        slot = self._free.get()
+    def on_host(self, slot: int, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a host tensor for each of the arrays; those of the slot's last pass are overwritten."""
         buffers = self._slots[slot]
         for name, tensor in arrays.items():
             if name not in buffers or buffers[name].numel() < tensor.numel():
                 buffers[name] = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
-        return slot, {name: buffers[name][: tensor.numel()].view(tensor.shape) for name, tensor in arrays.items()}
-
-    def give_back(self, slot: int) -> None:
-        """Let the slot be used again."""
-        self._free.put(slot)
+        return {name: buffers[name][: tensor.numel()].view(tensor.shape) for name, tensor in arrays.items()}
 
 
 def routing_trace(meta: TraceMeta, record: PassRecord, arrays: Mapping[str, Tensor]) -> RoutingTrace:
