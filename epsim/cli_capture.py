@@ -147,7 +147,7 @@ def _run_and_say(output: Path, run: Callable[[], Any]) -> None:
     try:
         outcome = run()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the exit code
+        _ignore_signals()
         typer.echo(f"epsim: interrupted before anything was done; {output} is not written", err=True)
         raise typer.Exit(INTERRUPTED) from None
     plural = "" if outcome.num_requests == 1 else "s"
@@ -157,10 +157,16 @@ def _run_and_say(output: Path, run: Callable[[], Any]) -> None:
         return
     interrupted = isinstance(outcome.stopped_by, KeyboardInterrupt)
     if interrupted:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _ignore_signals()
     what = "interrupted" if interrupted else " ".join(str(outcome.stopped_by).splitlines())
     typer.echo(f"epsim: {what}; {output} holds what was done by then: {held}", err=True)
     raise typer.Exit(INTERRUPTED if interrupted else 2)
+
+
+def _ignore_signals() -> None:
+    """Another interrupt must not spoil the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _require_nothing_given(context: typer.Context, *allowed: str) -> None:

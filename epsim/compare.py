@@ -87,7 +87,7 @@ def compare(
         for size in results["batch_sizes"]:
             row: dict[str, Any] = {
                 **combination,
-                "trace_origin": results["trace"]["origin"],
+                "trace_origin": results["trace"]["kind"],
                 "batch_size": size["batch_size"],
                 "is_baseline": combination == baseline,
             }

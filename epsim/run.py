@@ -209,6 +209,7 @@ def _header(spec: ScenarioSpec, deployment: Deployment) -> dict[str, Any]:
         "epsim_version": __version__,
         "scenario": spec.model_dump(mode="json", by_alias=True),
         "trace": {
+            "kind": meta.kind,
             "origin": meta.origin,
             "mock": meta.mock,
             "description": meta.words,

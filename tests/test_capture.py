@@ -418,6 +418,6 @@ def test_a_trace_has_a_seed_if_something_was_drawn(
     )
     processor: Any = SimpleNamespace(origin={}, eos_token_ids=frozenset({2}))
     workload: Any = SimpleNamespace(words="some", provenance={})
-    meta = make_meta(options, model, processor, workload)
+    meta = make_meta(options, model, processor, workload, mock_statistics=False)
     assert meta.seed == seed
     assert meta.mock == (random_weights or "mock" in requests)

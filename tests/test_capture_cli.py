@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from epsim.capture.scores.gaussian_statistics import moments
+from epsim.capture.scores.statistics_file import load_statistics
 from epsim.cli import main
 from epsim.console import count_requests
 from epsim.trace import check_trace
@@ -103,7 +105,7 @@ def test_prompts_of_a_file_and_statistics_of_another_run(cli: Cli, tmp_path: Pat
     assert not (tmp_path / "b.gaussian.safetensors").exists()
 
     (tmp_path / "p.jsonl").write_text(json.dumps(prompts[1]))
-    assert "requests changed" in cli.refuse("trace", "--repeat", "b.arrow", "-o", "c.arrow")
+    assert "requests (file_sha256, num_requests" in cli.refuse("trace", "--repeat", "b.arrow", "-o", "c.arrow")
     assert not (tmp_path / "c.arrow").exists()
 
 
@@ -129,7 +131,7 @@ BAD = {
     "unknown score": ([*SMALL, "--scores", "vibes", "-o", "t.arrow"], "attention"),
     "score of images without images": (
         [*SMALL, "--text-only", "--scores", "gaussian", "-o", "t.arrow"],
-        "no request has an image",
+        "reads text only",
     ),
     "two kinds of requests": ([*SMALL, "--mock", "--builtin", "text", "-o", "t.arrow"], "write one of them"),
     "no such file": ([*SMALL, "--requests", "nothing.jsonl", "-o", "t.arrow"], "nothing.jsonl"),
@@ -188,6 +190,51 @@ def test_ctrl_c_before_anything_is_done_is_one_line(cli: Cli, monkeypatch: pytes
     assert code == 130
     assert said.endswith("epsim: interrupted before anything was done; t.arrow is not written\n")
     assert not list(cli.folder.iterdir())
+
+
+def test_ctrl_c_while_statistics_are_fitted_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some layers have seen the batch by then, others have not."""
+    experts_run = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal experts_run
+        experts_run += 1
+        if experts_run > 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("epsim.capture.scores.gaussian.moments", interrupt_after(interrupt))
+    code, _, said = cli("trace", *SMALL, "--num-requests", 1, "--scores", "gmm2", "-o", "t.arrow")
+    assert (code, said.splitlines()[-1]) == (
+        130,
+        "epsim: interrupted before anything was done; t.arrow is not written",
+    )
+
+
+def interrupt_after(check: Callable[[], None]) -> Callable[..., object]:
+    def moments_then_check(*arguments: object) -> object:
+        check()
+        return moments(*arguments)
+
+    return moments_then_check
+
+
+def test_mock_is_said_wherever_it_came_from(cli: Cli, tmp_path: Path) -> None:
+    options = ["--num-requests", 2, "--max-new-tokens", 1]
+    cli.run("trace", *OLMOE, *options, "-o", "t.arrow")
+    sets = ["--set", "trace=t.arrow", "--set", "workload.batch_sizes=[1]", "--axis", "transmission.dedup=none,device"]
+    scenario = ROOT / "scenarios" / "orin-2x-olmoe.yaml"
+    assert "routing: captured, MOCK" in cli.run("compare", scenario, *sets, "--csv", "c.csv")
+    assert (tmp_path / "c.csv").read_text().count('"captured, MOCK"') == 2
+    cli.run("trace", *SMALL, *options, "--mock", "--scores", "gaussian", "-o", "m.arrow")
+    assert load_statistics(tmp_path / "m.gaussian.safetensors").mock
+
+
+def test_a_sample_says_what_it_is_of(cli: Cli) -> None:
+    cli.run("trace", *SMALL, "--builtin", "text", "--num-requests", 3, "--max-new-tokens", 2, "-o", "t.arrow")
+    cli.run("trace", "sample", "t.arrow", "--requests", 2, "-o", "s.arrow")
+    assert "2 of 3 asked for, prompt" in cli.run("trace", "info", "s.arrow")
+    assert "s.arrow: holds 2 of 3 requests; all of them are run" in cli.run("trace", "--repeat", "s.arrow", "-o", "a")
+    assert (cli.folder / "a").read_bytes() == (cli.folder / "t.arrow").read_bytes()
 
 
 def test_the_bar_says_tokens_per_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -710,9 +710,9 @@ def test_encoded_prompts_fit_the_model(backbone: str) -> None:
 
 
 def test_prompts_that_do_not_fit_their_images(of_bytes: Processor) -> None:
-    with pytest.raises(InputError, match="<image> stands 1 times for 2 images"):
+    with pytest.raises(InputError, match="1 x <image> for 2 images"):
         of_bytes.encode("<image>", [picture(), picture()])
-    with pytest.raises(InputError, match="<image> stands 1 times for 0 images"):
+    with pytest.raises(InputError, match="1 x <image> for 0 images"):
         of_bytes.encode("<image>")
     text = load_processor(load_model(ModelSource(random_init="olmoe", reduced=True, text_only=True, device="cpu")))
     assert text.encode("hi").token_ids.tolist() == [257, 104, 105]

@@ -512,11 +512,11 @@ def test_the_same_model_in_bfloat16_keeps_its_statistics(olmoe: MoeModel) -> Non
 
 def test_bad_statistics_files_are_one_clear_line(olmoe: MoeModel, tmp_path: Path) -> None:
     path = tmp_path / "fit.safetensors"
-    with pytest.raises(InputError, match=r"fit\.safetensors: the Gaussian statistics cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"fit\.safetensors: .* cannot be read: there is no such file"):
         load_statistics(path)
     save_statistics(fitted(olmoe), path)
     whole, tensors = path.read_bytes(), load_file(path)
-    about = {"format_version": 1, "beta": 0.99, "tau_factor": 0.5}
+    about = {"format_version": 1, "beta": 0.99, "tau_factor": 0.5, "mock": False}
     about["model"] = {"name": "m", "layer_ids": [0, 1], "hidden_size": 64, "checksum": 1}  # type: ignore[assignment]
     cases: list[tuple[dict[str, torch.Tensor], dict[str, object] | None, str]] = [
         (tensors, None, "these are not Gaussian statistics"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,9 @@ def repeat_trace(
 
     Raises InputError if the model or the requests are not the same any more; says it of another device or library.
     """
-    options, meta = options_of_trace(source)
+    options, meta, num_requests = options_of_trace(source)
+    if meta.num_requests_asked not in (None, num_requests):
+        say(f"{source}: holds {num_requests} of {meta.num_requests_asked} requests; all of them are run")
     return _capture(options, path, count, say, lambda now: require_same_run(source, now, meta, say))
 
 
@@ -75,10 +78,10 @@ def _capture(
     options = options.for_model(takes_images=model.is_vlm)
     processor = load_processor(model)
     workload = make_workload(options, model, processor)
-    meta = make_meta(options, model, processor, workload)
+    meta = make_meta(options, model, processor, workload, mock_statistics=any(each.mock for each in given.values()))
     check(meta)
     missing = [name for name in options.fitted_scores if name not in given]
-    _require_images(workload, missing)
+    _require_images(workload, missing, takes_images=model.is_vlm)
     outputs = [path, *(statistics_path(path, name) for name in missing)]
     checkpoint = model.folder.iterdir() if model.folder else ()
     _require_apart(outputs, [*workload.files, *map(Path, options.statistics), *checkpoint])
@@ -127,12 +130,16 @@ def _require_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
             raise OutputError(f"{file}: is read for this; name another file with -o")
 
 
-def _require_images(workload: Workload, to_fit: Sequence[str]) -> None:
-    if to_fit and not workload.num_images:
-        raise InputError(
-            f"--scores {','.join(to_fit)}: no request has an image to tell vision from text; give images, or "
-            "--statistics of a run that had some"
-        )
+def _require_images(workload: Workload, to_fit: Sequence[str], *, takes_images: bool) -> None:
+    if not to_fit or workload.num_images:
+        return
+    scores = ",".join(to_fit)
+    if not takes_images:
+        raise InputError(f"--scores {scores}: tells vision from text, and the model reads text only; leave it out")
+    raise InputError(
+        f"--scores {scores}: no request has an image to tell vision from text; give images, or --statistics of a run "
+        "that had some"
+    )
 
 
 def _fit(
@@ -150,4 +157,5 @@ def _fit(
             for chunk in run_batch(model, on_device, watchers=fits, chunk_size=options.chunk_size, decode=False):
                 advance(0, chunk.num_tokens)
             advance(len(batch.request_ids_B), 0)
-        return {name: fit.statistics for name, fit in zip(names, fits, strict=True)}
+        mock = options.requests.mock
+        return {name: replace(fit.statistics, mock=mock) for name, fit in zip(names, fits, strict=True)}

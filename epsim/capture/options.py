@@ -88,7 +88,8 @@ class CaptureOptions:
             raise InputError(f"--scores {','.join(scores)}: one is there twice; write each once")
         if self.statistics and not set(scores) & set(COMPONENTS):
             raise InputError(
-                f"--statistics {self.statistics[0]}: no score of this run needs it; write --scores gaussian"
+                f"--statistics {self.statistics[0]}: no score of this run needs it; leave it out, or write the score "
+                f"that it is for, one of {', '.join(COMPONENTS)}, to --scores"
             )
 
     def to_mapping(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class CaptureOptions:
 
 def statistics_path(trace_path: Path, score: str) -> Path:
     """Return where statistics that are fitted for a trace are saved: t.gaussian.safetensors beside t.arrow."""
-    return trace_path.with_suffix(f".{score}.safetensors")
+    return trace_path.with_name(f"{trace_path.name.removesuffix('.arrow')}.{score}.safetensors")
 
 
 def _require_at_least(least: int, holder: object, *names: str) -> None:

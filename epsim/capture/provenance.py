@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,8 +24,13 @@ RUN = "run"
 CIRCUMSTANCES = ("device", "torch", "transformers")  # of run.model: may change the last bits, and so a close pick
 
 
-def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, workload: Workload) -> TraceMeta:
-    """Return the trace's metadata: its description says in words what ran, and under "run" how to run it again."""
+def make_meta(
+    options: CaptureOptions, model: MoeModel, processor: Processor, workload: Workload, *, mock_statistics: bool
+) -> TraceMeta:
+    """Return the trace's metadata: its description says in words what ran, and under "run" how to run it again.
+
+    mock_statistics: statistics of random tokens are given.
+    """
     how = model.source
     weights = f"random (seed {options.model.seed})" if model.random_weights else options.model.checkpoint
     description = {
@@ -52,16 +58,17 @@ def make_meta(options: CaptureOptions, model: MoeModel, processor: Processor, wo
         description=json.dumps(description),
         seed=options.model.seed if drew_something else None,
         software=f"epsim {__version__}, torch {how['torch']}, transformers {how['transformers']}",
-        mock=model.random_weights or options.requests.mock,
+        mock=model.random_weights or options.requests.mock or mock_statistics,
     )
 
 
-def options_of_trace(path: Path) -> tuple[CaptureOptions, TraceMeta]:
-    """Return the options with which a trace was captured, and its metadata.
+def options_of_trace(path: Path) -> tuple[CaptureOptions, TraceMeta, int]:
+    """Return the options with which a trace was captured, its metadata, and how many requests it holds.
 
     Raises TraceError if it was not captured.
     """
-    meta = TraceFile.open(path).meta
+    trace = TraceFile.open(path)
+    meta = trace.meta
     try:
         run = json.loads(meta.description)[RUN] if meta.origin == "captured" else None
     except (ValueError, KeyError, TypeError):
@@ -69,7 +76,7 @@ def options_of_trace(path: Path) -> tuple[CaptureOptions, TraceMeta]:
     if run is None:
         raise TraceError(f"{path}: was not captured by epsim trace; there is nothing to repeat")
     try:
-        return CaptureOptions.from_mapping(run["options"]), meta
+        return CaptureOptions.from_mapping(run["options"]), meta, len(trace.requests)
     except (KeyError, TraceError) as error:
         raise TraceError(f"{path}: its metadata does not say how it was captured ({error})") from error
 
@@ -84,13 +91,18 @@ def require_same_run(path: Path, meta: TraceMeta, repeated: TraceMeta, say: Call
     circumstances.append(("threads", then.pop("num_threads", None), now.pop("num_threads", None)))
     changed = [key for key in now if now[key] != then.get(key)]
     if changed:
-        raise InputError(
-            f"{path}: cannot be repeated, its {' and '.join(changed)} changed since: now "
-            + json.dumps({key: now[key] for key in changed})
-        )
+        what = ", ".join(f"{key} ({_differences(now[key], then.get(key))})" for key in changed)
+        raise InputError(f"{path}: cannot be repeated, for what it names changed since: {what}; capture anew instead")
     for name, old, new in circumstances:
         if old != new:
             say(f"{path} was captured with {name} {old}, this run has {new}: bytes may differ")
+
+
+def _differences(now: Any, then: Any) -> str:
+    """Return the names of what differs inside, or both values."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        return ", ".join(key for key in {**then, **now} if now.get(key) != then.get(key))
+    return f"{then} then, {now} now"
 
 
 def _sha256(path: Path) -> str:

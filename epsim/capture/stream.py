@@ -152,9 +152,10 @@ class TraceStream:
         free = shutil.disk_usage(self._writer.path.resolve().parent).free
         needed = self._writer.num_pending_bytes + sum(part.num_bytes for part in parts) + DISK_RESERVE_BYTES
         if free < needed:
+            reserve = format_size(DISK_RESERVE_BYTES)
             raise DiskFullError(
-                f"{self._writer.path}: needs {format_size(needed)} on its disk, where {format_size(free)} are free; "
-                "make room, or name another place with -o"
+                f"{self._writer.path}: needs {format_size(needed)} on its disk, {reserve} of it in reserve, "
+                f"where {format_size(free)} are free; make room, or name another place with -o"
             )
 
 

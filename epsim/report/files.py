@@ -69,7 +69,7 @@ def write_run(
     """Write the files of a run and return their paths; no timeline.json where nothing was executed (closed form)."""
     contents: dict[str, bytes] = {"results.json": to_json(results).encode()}
     buffer = io.BytesIO()
-    origin = results["trace"]["origin"]
+    origin = results["trace"]["kind"]
     pq.write_table(steps_table(steps, device_names, origin), buffer)
     contents["steps.parquet"] = buffer.getvalue()
     if slices:

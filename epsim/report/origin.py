@@ -5,11 +5,10 @@ from typing import Any
 
 
 def origin_line(trace: Mapping[str, Any]) -> str:
-    """Return the line for a trace with `origin`, `mock` and `description`."""
-    mock = ", MOCK" if trace["mock"] else ""
-    return f"{origin_words(trace['origin'])}{mock}: {trace['description']}"
+    """Return the line for a trace with `kind` and `description`."""
+    return f"{origin_words(trace['kind'])}: {trace['description']}"
 
 
-def origin_words(origin: str) -> str:
-    """Return the words for an origin; all but "captured" in capitals."""
-    return f"routing: {origin if origin == 'captured' else origin.upper()}"
+def origin_words(kind: str) -> str:
+    """Return the words for a kind of trace; all but "captured" in capitals."""
+    return f"routing: {kind if kind.startswith('captured') else kind.upper()}"

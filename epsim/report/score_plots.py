@@ -88,5 +88,6 @@ def _sample_map(figure: Any, places: tuple[Any, Any], stats: Stats, estimator: s
     label_layer_rows(ax, stats["layers"], 8)
     ax.set_ylabel("MoE layer")
     ax.set_xlabel("position in the prompt")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     bar = figure.colorbar(image, ax=ax, label="score")
     bar.set_ticks([0, 0.5, 1], labels=["0 vision", "0.5", "1 text"])

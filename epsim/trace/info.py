@@ -15,15 +15,17 @@ def summarise(trace: TraceFile) -> dict[str, str]:
     shape = f"{meta.num_layers} MoE layers x top-{meta.topk} of {meta.num_experts} experts"
     lengths = f"prompt {_range(table.num_prefill_tokens_Q)} tokens, decode {_range(table.num_decode_tokens_Q)}"
     kinds = f"prefill vision {vision}, prefill text {prefill - vision}, decode {trace.num_tokens - prefill}"
+    asked = meta.num_requests_asked
+    cut = f" of {asked} asked for" if asked is not None and asked != len(table) else ""
     return {
         "file": f"{trace.name} ({format_size(trace.path.stat().st_size)}, format {meta.format_version})",
-        "origin": meta.origin + (", MOCK: random weights or tokens" if meta.mock else ""),
+        "origin": meta.kind + (": random weights or tokens" if meta.mock else ""),
         "description": meta.words,
         "seed": "-" if meta.seed is None else str(meta.seed),
         "software": meta.software,
         "model": meta.model or "-",
         "routing": f"{shape}, layer ids {_ids(meta.layer_ids)}",
-        "requests": f"{len(table)}, {lengths}",
+        "requests": f"{len(table)}{cut}, {lengths}",
         "tokens": f"{trace.num_tokens}: {kinds}",
         "columns": ", ".join(trace.columns),
     }

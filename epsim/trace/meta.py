@@ -111,6 +111,20 @@ class TraceMeta(TraceShape):
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @property
+    def kind(self) -> str:
+        """The origin, and that a capture is MOCK: what no output leaves out."""
+        return f"{self.origin}, MOCK" if self.mock else self.origin
+
+    @property
+    def num_requests_asked(self) -> int | None:
+        """How many requests a captured trace's run was to do, more than it holds if it was cut; None if unknown."""
+        try:
+            num: int = json.loads(self.description)["run"]["requests"]["num_requests"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return num
+
+    @property
     def words(self) -> str:
         """The description, for people."""
         try:

@@ -77,6 +77,7 @@ def _about(source: TraceSource, counts: RoutingCounts) -> dict[str, Any]:
     meta = source.meta
     return {
         "name": source.name,
+        "kind": meta.kind,
         "origin": meta.origin,
         "mock": meta.mock,
         "description": meta.words,

@@ -79,8 +79,8 @@ class Processor:
             text = f"{IMAGE_TOKEN}\n" * len(images) + text
         if (placeholders := text.count(IMAGE_TOKEN)) != len(images):
             raise InputError(
-                f"prompt: {IMAGE_TOKEN} stands {placeholders} times for {len(images)} images; write it once per "
-                "image, or not at all"
+                f"prompt: {placeholders} x {IMAGE_TOKEN} for {len(images)} images; write it as often as there are "
+                "images, or not at all"
             )
         return Encoded(token_ids=self._tokens(text, len(images)), pixel_values=self._pixels(images))
 

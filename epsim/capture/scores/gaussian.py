@@ -145,9 +145,12 @@ class GaussianFit:
         return self._statistics
 
     def start_batch(self) -> None:
-        """Take in the batch that was under way, as one update."""
+        """Take in the batch that was under way, as one update; one that not all layers have seen is dropped."""
         self._weight_TM = None
         if self._statistics is None or not self._batch:
+            return
+        if len(self._batch) < len(self._statistics.model.layer_ids):  # interrupted in its first chunk
+            self._begin()
             return
         with torch.no_grad():
             batch = stacked(self._batch)

@@ -94,6 +94,7 @@ class GaussianStatistics:
         count_LMC: [L, M, C], N of eq. 5.
         sum_LMCD: [L, M, C, D], S_mu of eq. 6.
         square_LMCD: [L, M, C, D], S_sigma^2 of eq. 7.
+        mock: of random tokens.
     """
 
     model: FittedModel
@@ -102,6 +103,7 @@ class GaussianStatistics:
     count_LMC: Tensor
     sum_LMCD: Tensor
     square_LMCD: Tensor
+    mock: bool = False
 
     @classmethod
     def empty(

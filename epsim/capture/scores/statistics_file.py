@@ -45,6 +45,7 @@ def save_statistics(statistics: GaussianStatistics, path: str | os.PathLike[str]
         "model": asdict(statistics.model),
         "beta": statistics.beta,
         "tau_factor": statistics.tau_factor,
+        "mock": statistics.mock,
     }
     tensors = {name: getattr(statistics, name).cpu().contiguous() for name in TENSORS}
     with whole_file(path) as part, write_errors(part):
@@ -83,6 +84,7 @@ def _statistics(
             model=_model(about["model"]),
             beta=float(about["beta"]),
             tau_factor=float(about["tau_factor"]),
+            mock=bool(about["mock"]),
             **{name: tensors[name] for name in TENSORS},
         )
     except (KeyError, TypeError, ValueError) as error:
