@@ -267,7 +267,10 @@ def test_an_interrupt_leaves_what_was_done(signals: tuple[signal.Signals, ...], 
         for each in signals:
             process.send_signal(each)
             time.sleep(0.3)
-        said += process.communicate(timeout=60)[1]
+        try:
+            said += process.communicate(timeout=60)[1]
+        finally:
+            process.kill()  # or leaving the block would wait for it
     assert process.returncode == 130, said
     assert "interrupted; t.arrow holds what was done by then" in said
     check_trace(TraceFile.open(tmp_path / "t.arrow"))
