@@ -175,10 +175,15 @@ def _mapping_example(node: Mapping[str, Any], value: object) -> str:
 
 def closest(name: str, known: Sequence[str]) -> str:
     """Return which of the known names was perhaps meant, or else all of them if they are few."""
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f'; did you mean "{close[0]}"?'
+    if meant := did_you_mean(name, known):
+        return f"; {meant}"
     return f"; known are {', '.join(known)}" if known and len(known) < 20 else ""
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return a question after the known name that is nearest, "" if none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f'did you mean "{close[0]}"?' if close else ""
 
 
 def join(keys: Keys) -> str:

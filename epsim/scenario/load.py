@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from epsim.errors import ScenarioError
-from epsim.scenario.describe import closest, describe, join, show
+from epsim.scenario.describe import describe, did_you_mean, join, show
 from epsim.scenario.model import ModelSpec
 from epsim.scenario.spec import ScenarioSpec
 from epsim.scenario.yaml_text import parse_yaml
@@ -188,9 +188,10 @@ def _load_preset(section: str, name: str, where: str) -> dict[str, Any]:
         return {key: _anchored(f"{section}.{key}", value, Path(name).parent) for key, value in content.items()}
     known = preset_names(section)
     if name not in known:
-        near = closest(name, known) if closest(name, known).startswith("; did") else ""
+        meant = did_you_mean(name, known)
         raise ScenarioError(
-            f'{where}: "{name}" is not a preset; write one of {", ".join(known)}, or a path that ends in .yaml{near}'
+            f'{where}: "{name}" is not a preset; write one of {", ".join(known)}, or a path that ends in .yaml'
+            + (f"; {meant}" if meant else "")
         )
     text = (files("epsim") / "presets" / _PRESET_FOLDERS[section] / f"{name}.yaml").read_text(encoding="utf-8")
     preset: dict[str, Any] = parse_yaml(text)

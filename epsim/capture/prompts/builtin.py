@@ -6,7 +6,6 @@
 - `mixed`: of every five prompts two digits, two photos and one text.
 """
 
-import difflib
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -17,6 +16,7 @@ from epsim.capture.prompts.digits import digit_prompt
 from epsim.capture.prompts.passages import text_prompt
 from epsim.capture.prompts.photos import photo_prompt
 from epsim.capture.prompts.requests import Prompt, PromptSet, RequestError
+from epsim.scenario.describe import did_you_mean
 
 BUILTIN_KINDS = ("mixed", "digits", "photos", "text")
 _MIXED = ("photos", "digits", "photos", "digits", "text")
@@ -35,8 +35,7 @@ def builtin_prompts(kind: str, num: int, seed: int) -> PromptSet:
     that is out of range; ImageError if a library lacks its pictures.
     """
     if kind not in BUILTIN_KINDS:
-        near = difflib.get_close_matches(kind, BUILTIN_KINDS, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else f"write one of {', '.join(BUILTIN_KINDS)}"
+        hint = did_you_mean(kind, BUILTIN_KINDS) or f"write one of {', '.join(BUILTIN_KINDS)}"
         raise RequestError(f'"{kind}" is not a kind of built-in prompts; {hint}')
     check_num_and_seed(num, seed)
     source: dict[str, Any] = {"source": "builtin", "kind": kind, "seed": seed}

@@ -8,7 +8,6 @@ The file holds one JSON object per line:
 Paths of images are relative to the file.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, overload
 
 from epsim.capture.prompts.images import ImageError, ImageFile, ImageSource
 from epsim.errors import InputError
+from epsim.scenario.describe import did_you_mean
 
 MAX_NEW_TOKENS = 2**31 - 1  # steps and positions of a trace are int32
 _EXAMPLE = '{"text": "What is this?", "image": "cat.png"}'
@@ -167,8 +167,7 @@ def _fields(place: str, line: str) -> dict[str, Any]:
         raise RequestError(f"{place}: {_shown(pairs)} is not an object; write e.g. {_EXAMPLE}")
     for key, _ in pairs:
         if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"the keys are {', '.join(_KEYS)}"
+            hint = did_you_mean(key, _KEYS) or f"the keys are {', '.join(_KEYS)}"
             raise RequestError(f"{place}: unknown key {_shown(key)}; {hint}")
     fields = dict(pairs)
     if len(fields) < len(pairs):
