@@ -48,10 +48,11 @@ CLIP_REDUCED = CLIP_VIT_L_14_336 | {
 }
 
 
-def backbone_card(backbone: str) -> ModelCard:
+def backbone_card(backbone: str, *, reduced: bool = False) -> ModelCard:
     """Return the model card of a backbone; raises InputError if it is not one of `BACKBONES`."""
     _check_backbone(backbone)
-    return ModelCard.from_mapping(load_card(backbone).model_dump())
+    card = ModelCard.from_mapping(load_card(backbone).model_dump())
+    return reduced_card(card) if reduced else card
 
 
 def _check_backbone(backbone: str) -> None:
@@ -114,12 +115,14 @@ def reduced_card(card: ModelCard, *, hidden_size: int = 64, num_heads: int = 4, 
 
 
 def _common(card: ModelCard) -> dict[str, Any]:
+    """What all configs call the same."""
     return {
         "vocab_size": card.vocab_size,
         "hidden_size": card.hidden_size,
         "num_hidden_layers": card.num_layers,
         "num_attention_heads": card.attention.num_heads,
         "num_key_value_heads": getattr(card.attention, "num_kv_heads", card.attention.num_heads),
+        "num_experts_per_tok": _moe(card).topk,
         "tie_word_embeddings": card.tie_embeddings,
         # The logits of a narrow random router spread as those of a full one: they grow with the root of the width.
         "initializer_range": INITIALIZER_RANGE * (INITIALIZER_WIDTH / card.hidden_size) ** 0.5,
@@ -135,6 +138,22 @@ def _moe(card: ModelCard) -> Moe:
     return card.moe
 
 
+def _deepseek(card: ModelCard) -> dict[str, Any]:
+    """What the configs of DeepSeekMoE and DeepSeek-V3 call the same."""
+    moe = _moe(card)
+    return _common(card) | {
+        "intermediate_size": card.dense_ffn_size,
+        "moe_intermediate_size": moe.expert_ffn_size,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.num_shared_experts,
+        "first_k_dense_replace": moe.num_dense_layers,
+    }
+
+
+def _rotary(base: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": base}
+
+
 def _head_dim(card: ModelCard) -> int:
     assert isinstance(card.attention, GroupedQueryAttention)
     return card.attention.head_dim
@@ -146,41 +165,27 @@ def _olmoe(card: ModelCard) -> PreTrainedConfig:
         **_common(card),
         intermediate_size=moe.expert_ffn_size,
         num_experts=moe.num_experts,
-        num_experts_per_tok=moe.topk,
         norm_topk_prob=False,
         max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=_rotary(10000.0),
         rms_norm_eps=1e-5,
     )
 
 
 def _deepseekmoe(card: ModelCard) -> PreTrainedConfig:
-    moe = _moe(card)
     return DeepseekConfig(
-        **_common(card),
-        intermediate_size=card.dense_ffn_size,
-        moe_intermediate_size=moe.expert_ffn_size,
-        n_routed_experts=moe.num_experts,
-        num_experts_per_tok=moe.topk,
-        n_shared_experts=moe.num_shared_experts,
-        first_k_dense_replace=moe.num_dense_layers,
+        **_deepseek(card),
         max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=_rotary(10000.0),
         rms_norm_eps=1e-6,
     )
 
 
 def _moonlight(card: ModelCard) -> PreTrainedConfig:
-    moe, attention = _moe(card), card.attention
+    attention = card.attention
     assert isinstance(attention, LatentAttention)
     return DeepseekV3Config(
-        **_common(card),
-        intermediate_size=card.dense_ffn_size,
-        moe_intermediate_size=moe.expert_ffn_size,
-        n_routed_experts=moe.num_experts,
-        num_experts_per_tok=moe.topk,
-        n_shared_experts=moe.num_shared_experts,
-        first_k_dense_replace=moe.num_dense_layers,
+        **_deepseek(card),
         n_group=1,
         topk_group=1,
         norm_topk_prob=True,
@@ -191,7 +196,7 @@ def _moonlight(card: ModelCard) -> PreTrainedConfig:
         qk_rope_head_dim=attention.qk_rope_head_dim,
         v_head_dim=attention.v_head_dim,
         max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
+        rope_parameters=_rotary(50000.0),
         rms_norm_eps=1e-5,
     )
 
@@ -204,10 +209,9 @@ def _qwen3_moe(card: ModelCard) -> PreTrainedConfig:
         intermediate_size=4 * moe.expert_ffn_size,  # of dense layers, of which there are none
         moe_intermediate_size=moe.expert_ffn_size,
         num_experts=moe.num_experts,
-        num_experts_per_tok=moe.topk,
         norm_topk_prob=True,
         max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        rope_parameters=_rotary(1000000.0),
         rms_norm_eps=1e-6,
     )
 
@@ -219,10 +223,9 @@ def _mixtral(card: ModelCard) -> PreTrainedConfig:
         head_dim=_head_dim(card),
         intermediate_size=moe.expert_ffn_size,
         num_local_experts=moe.num_experts,
-        num_experts_per_tok=moe.topk,
         sliding_window=None,
         max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        rope_parameters=_rotary(1000000.0),
         rms_norm_eps=1e-5,
     )
 

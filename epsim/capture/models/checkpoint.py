@@ -64,7 +64,7 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Return what config.json in `folder` says; raises InputError if that cannot be run. Reads no weights."""
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if raw.get("quantization_config"):
         raise InputError(f"{folder}: is quantised, which epsim does not run; write a checkpoint of 16 or 32 bit")
@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
-        shards = _read_json(folder / INDEX).get("weight_map", {}).values()
+        shards = read_json(folder / INDEX).get("weight_map", {}).values()
         files = [folder / name for name in sorted(set(shards))]
     else:
         files = []
@@ -180,7 +180,8 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a checkpoint; raises InputError if there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from epsim.capture.models.checkpoint import one_line
 from epsim.errors import InputError
 
 DESCRIPTIONS = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -42,7 +43,7 @@ def fetch(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
     except _REFUSALS as error:
         raise _refused(name, revision, error) from error
     except Exception as error:
-        raise InputError(f"{name}: the download broke off; run it again to go on ({_reason(error)})") from error
+        raise InputError(f"{name}: the download broke off; run it again to go on ({one_line(error, 200)})") from error
 
 
 def _matches(file: str, pattern: str) -> bool:
@@ -67,9 +68,5 @@ def _cached(name: str, revision: str | None, patterns: list[str], error: Excepti
     except LocalEntryNotFoundError:
         raise InputError(
             f"{name}: cannot be fetched from huggingface.co, and is not in its cache on this machine; write the "
-            f"folder of a checkpoint, or connect and unset HF_HUB_OFFLINE ({_reason(error)})"
+            f"folder of a checkpoint, or connect and unset HF_HUB_OFFLINE ({one_line(error, 200)})"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -56,7 +56,7 @@ def _shape(text: PreTrainedConfig) -> tuple[Any, ...]:
 def _random(source: ModelSource, dtype: torch.dtype, device: torch.device) -> MoeModel:
     assert source.random_init is not None
     config = random_config(source.random_init, reduced=source.reduced, text_only=source.text_only)
-    name = backbone_card(source.random_init).name + (" reduced" if source.reduced else "")
+    name = backbone_card(source.random_init, reduced=source.reduced).name
     check_memory(_needed(config, dtype, name), device, name, "--reduced, a smaller --dtype, or another --device")
     how = {"random_init": source.random_init, "reduced": source.reduced, "text_only": source.text_only}
     return MoeModel(

@@ -10,7 +10,6 @@ from epsim.capture.models.backbones import (
     CLIP_REDUCED,
     CLIP_VIT_L_14_336,
     backbone_card,
-    reduced_card,
     text_config,
     vlm_config,
 )
@@ -23,9 +22,7 @@ def random_config(backbone: str, *, reduced: bool = False, text_only: bool = Fal
     As in LLaVA, the image token is one token more than the language model has: its id is the vocabulary's size, and
     the embedding and the output head get one more row. Raises InputError for an unknown backbone.
     """
-    card = backbone_card(backbone)
-    if reduced:
-        card = reduced_card(card)
+    card = backbone_card(backbone, reduced=reduced)
     if text_only:
         return text_config(backbone, card)
     text = text_config(backbone, replace(card, vocab_size=card.vocab_size + 1))

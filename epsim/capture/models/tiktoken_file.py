@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from epsim.capture.models.byte_tokenizer import NUM_BYTES, byte_words
+from epsim.capture.models.checkpoint import read_json
 from epsim.errors import InputError
 
 FILE_NAME = "tiktoken.model"
@@ -131,15 +132,7 @@ def halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | No
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({' '.join(str(error).split())}); get it again") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: is not a JSON object; get it again")
-    return settings
+    return read_json(path) if path.is_file() else {}
 
 
 def _byte_pairs(ranks: Mapping[bytes, int]) -> Tokenizer:
