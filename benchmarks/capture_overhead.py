@@ -115,16 +115,7 @@ def run(model: MoeModel, batch: Batch, estimators: Sequence[ScoreEstimator] | No
         for _ in run_batch(model, batch):
             timer(0, 0)
         return timer.seconds(num_steps)
-    shape = model.shape
-    meta = TraceMeta(
-        layer_ids=shape.layer_ids,
-        num_experts=shape.num_experts,
-        topk=shape.topk,
-        model=model.name,
-        origin="captured",
-        description="benchmark",
-        mock=True,
-    )
+    meta = TraceMeta.of(model.shape, model=model.name, origin="captured", description="benchmark", mock=True)
     with ExitStack() as stack:
         writer = stack.enter_context(TraceWriter(folder / "t.arrow", meta))
         stream = stack.enter_context(TraceStream(writer))

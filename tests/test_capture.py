@@ -59,16 +59,7 @@ def one_of(batch: Batch, row: int) -> Batch:
 
 
 def meta_of(model: MoeModel) -> TraceMeta:
-    shape = model.shape
-    return TraceMeta(
-        layer_ids=shape.layer_ids,
-        num_experts=shape.num_experts,
-        topk=shape.topk,
-        model=model.name,
-        origin="captured",
-        description="a test",
-        mock=True,
-    )
+    return TraceMeta.of(model.shape, model=model.name, origin="captured", description="a test", mock=True)
 
 
 def capture(model: MoeModel, batches: list[Batch], path: Path, **options: Any) -> TraceFile:

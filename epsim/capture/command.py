@@ -14,10 +14,11 @@ from epsim.capture.model import MoeModel
 from epsim.capture.models.device import memory_errors
 from epsim.capture.models.load import load_model
 from epsim.capture.models.processor import load_processor
-from epsim.capture.options import COMPONENTS, CaptureOptions, statistics_path
+from epsim.capture.options import CaptureOptions, statistics_path
 from epsim.capture.prompts.batches import ahead, batches
 from epsim.capture.provenance import make_meta, options_of_trace, require_same_run
 from epsim.capture.scores.estimators import make_fit, make_score
+from epsim.capture.scores.gaussian import score_name
 from epsim.capture.scores.gaussian_statistics import GaussianStatistics
 from epsim.capture.scores.statistics_file import load_statistics, save_statistics
 from epsim.capture.workload import Workload, make_workload
@@ -107,14 +108,13 @@ def _capture(
 
 def _given_statistics(options: CaptureOptions) -> dict[str, GaussianStatistics]:
     """Return the statistics of the files, by the score that they are for."""
-    by_components = {num: name for name, num in COMPONENTS.items()}
     found: dict[str, GaussianStatistics] = {}
     for file in options.statistics:
         statistics = load_statistics(file)
-        name = by_components.get(statistics.num_components, "")
+        name = score_name(statistics.num_components)
         if name not in options.fitted_scores or name in found:
             raise InputError(
-                f"--statistics {file}: is for the score {name or statistics.num_components}, which this run "
+                f"--statistics {file}: is for the score {name}, which this run "
                 f"{'has statistics for already' if name in found else 'does not record'}; leave it out"
             )
         found[name] = statistics

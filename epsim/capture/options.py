@@ -41,10 +41,10 @@ class RequestSource:
     def __post_init__(self) -> None:
         if (self.path is not None) + (self.builtin is not None) + self.mock > 1:
             raise InputError("--requests, --builtin and --mock: write one of them, or none")
-        _require_at_least(1, self, "num_requests", "text_tokens")
+        _require_at_least(1, num_requests=self.num_requests, text_tokens=self.text_tokens)
         if self.path is None and (self.num_requests or 0) > MAX_REQUESTS:
             raise InputError(f"--num-requests {self.num_requests}: must be at most {MAX_REQUESTS}")
-        _require_at_least(0, self, "seed", "images")
+        _require_at_least(0, seed=self.seed, images=self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,8 @@ class CaptureOptions:
     note: str = ""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "max_new_tokens", "batch_size", "chunk_size", "num_threads")
+        _require_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        _require_at_least(1, chunk_size=self.chunk_size, threads=self.num_threads)
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise InputError(f"--threads {self.num_threads}: must be at most {MAX_THREADS}")
         if not self.note.isprintable():
@@ -129,9 +130,7 @@ def statistics_path(trace_path: Path, score: str) -> Path:
     return trace_path.with_name(f"{trace_path.name.removesuffix('.arrow')}.{score}.safetensors")
 
 
-def _require_at_least(least: int, holder: object, *names: str) -> None:
-    for name in names:
-        value = getattr(holder, name)
+def _require_at_least(least: int, **options: int | None) -> None:
+    for name, value in options.items():
         if value is not None and value < least:
-            option = name.removeprefix("num_") if name == "num_threads" else name.replace("_", "-")
-            raise InputError(f"--{option} {value}: must be {least} or more")
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {least} or more")

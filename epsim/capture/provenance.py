@@ -18,9 +18,8 @@ from epsim.capture.options import CaptureOptions
 from epsim.capture.workload import Workload
 from epsim.errors import InputError, TraceError
 from epsim.trace.file import TraceFile
-from epsim.trace.meta import TraceMeta
+from epsim.trace.meta import RUN, TraceMeta
 
-RUN = "run"
 CIRCUMSTANCES = ("device", "torch", "transformers")  # of run.model: may change the last bits, and so a close pick
 
 
@@ -47,12 +46,9 @@ def make_meta(
             "num_threads": torch.get_num_threads(),
         },
     }
-    shape = model.shape
     drew_something = model.random_weights or options.requests.path is None or options.fitted_scores
-    return TraceMeta(
-        layer_ids=shape.layer_ids,
-        num_experts=shape.num_experts,
-        topk=shape.topk,
+    return TraceMeta.of(
+        model.shape,
         model=model.name,
         origin="captured",
         description=json.dumps(description),
@@ -69,14 +65,10 @@ def options_of_trace(path: Path) -> tuple[CaptureOptions, TraceMeta, int]:
     """
     trace = TraceFile.open(path)
     meta = trace.meta
-    try:
-        run = json.loads(meta.description)[RUN] if meta.origin == "captured" else None
-    except (ValueError, KeyError, TypeError):
-        run = None
-    if run is None:
+    if meta.run is None:
         raise TraceError(f"{path}: was not captured by epsim trace; there is nothing to repeat")
     try:
-        return CaptureOptions.from_mapping(run["options"]), meta, len(trace.requests)
+        return CaptureOptions.from_mapping(meta.run["options"]), meta, len(trace.requests)
     except (KeyError, TraceError) as error:
         raise TraceError(f"{path}: its metadata does not say how it was captured ({error})") from error
 
@@ -86,7 +78,9 @@ def require_same_run(path: Path, meta: TraceMeta, repeated: TraceMeta, say: Call
 
     Another model or other requests are an error; another device, library or number of threads may change last bits.
     """
-    now, then = json.loads(meta.description)[RUN], json.loads(repeated.description)[RUN]
+    now, then = meta.run, repeated.run
+    assert now is not None
+    assert then is not None
     circumstances = [(name, then["model"].pop(name, None), now["model"].pop(name, None)) for name in CIRCUMSTANCES]
     circumstances.append(("threads", then.pop("num_threads", None), now.pop("num_threads", None)))
     changed = [key for key in now if now[key] != then.get(key)]

@@ -52,11 +52,12 @@ def make_workload(options: CaptureOptions, model: MoeModel, processor: Processor
         files.add(Path(source.path))
     limits = {"default_max_new_tokens": options.max_new_tokens, "max_tokens": _context(model)}
     check_prompts(prompts, processor, **limits)
+    provenance = prompts.describe()
     return Workload(
         num=len(prompts),
-        num_images=sum(len(prompt.images) for prompt in prompts),
+        num_images=provenance["num_images"],
         words=words,
-        provenance=prompts.describe(),
+        provenance=provenance,
         files=tuple(sorted(files)),
         encoded=lambda: encode_prompts(prompts, processor, **limits),
     )

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from epsim.errors import TraceError
 FORMAT_VERSION = 1
 ORIGINS = ("captured", "imported", "synthetic")
 MAX_EXPERTS = 65536
+RUN = "run"
 
 ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -110,30 +111,45 @@ class TraceMeta(TraceShape):
         """Return the metadata as one line of JSON with sorted keys."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
+    @classmethod
+    def of(cls, shape: TraceShape, **about: Any) -> Self:
+        """Return the metadata of a trace of this shape; `about` are the other fields."""
+        return cls(layer_ids=shape.layer_ids, num_experts=shape.num_experts, topk=shape.topk, **about)
+
     @property
     def kind(self) -> str:
         """The origin, and that a capture is MOCK: what no output leaves out."""
         return f"{self.origin}, MOCK" if self.mock else self.origin
 
     @property
+    def run(self) -> dict[str, Any] | None:
+        """What the description of a captured trace has under `RUN`: all that a repetition needs; None without."""
+        run = (self._described() or {}).get(RUN)
+        return run if self.origin == "captured" and isinstance(run, dict) else None
+
+    @property
     def num_requests_asked(self) -> int | None:
         """How many requests a captured trace's run was to do, more than it holds if it was cut; None if unknown."""
         try:
-            num: int = json.loads(self.description)["run"]["requests"]["num_requests"]
-        except (ValueError, KeyError, TypeError):
+            num: int = (self.run or {})["requests"]["num_requests"]
+        except (KeyError, TypeError):
             return None
         return num
 
     @property
     def words(self) -> str:
         """The description, for people."""
+        fields = self._described()
+        if fields is None:
+            return self.description
+        return ", ".join(f"{name} {value}" for name, value in fields.items() if not isinstance(value, dict))
+
+    def _described(self) -> dict[str, Any] | None:
         try:
             fields = json.loads(self.description)
         except ValueError:
-            return self.description
-        if not isinstance(fields, dict):
-            return self.description
-        return ", ".join(f"{name} {value}" for name, value in fields.items() if not isinstance(value, dict))
+            return None
+        return fields if isinstance(fields, dict) else None
 
     @staticmethod
     def from_json(text: str | bytes) -> "TraceMeta":

@@ -234,11 +234,9 @@ def _group(
 def _meta(shape: TraceShape, seed: int, model: str, parameters: dict[str, Any]) -> TraceMeta:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise TraceError(f"seed: {seed!r} must be an integer of 0 or more")
-    return TraceMeta(
+    return TraceMeta.of(
+        shape,
         model=model,
-        layer_ids=shape.layer_ids,
-        num_experts=shape.num_experts,
-        topk=shape.topk,
         origin="synthetic",
         description=json.dumps(parameters, sort_keys=True),
         seed=seed,

@@ -93,12 +93,13 @@ def _loads(counts: RoutingCounts, served: Served) -> list[dict[str, Any]]:
 
 def _specialised(counts: RoutingCounts, num_bins: int) -> list[dict[str, Any]]:
     load_MLE = counts.load_MLE
-    text_LE, mrd_MLE = spec.text_affiliation(load_MLE), modality_routing(counts)
+    text_LE, score_LE = spec.text_affiliation(load_MLE), spec.specialization_score(load_MLE)
+    mrd_MLE = modality_routing(counts)
     order_LE = np.argsort(text_bias(load_MLE), axis=1, kind="stable")
     return [
         {
             "text_affiliation": numbers(text_LE[at]),
-            "specialization_score": numbers(2 * text_LE[at] - 1),
+            "specialization_score": numbers(score_LE[at]),
             "experts_by_text_bias": order_E.tolist(),
             "bin_load": _by_modality(load_MLE[:, at, order_E].reshape(len(Modality), num_bins, -1).sum(axis=2)),
             "mrd": None if mrd_MLE is None else _by_modality(mrd_MLE[:, at]),

@@ -1,7 +1,6 @@
 """The figures of docs/validation.md, drawn from the plain values of the report: `draw_figures` returns PNG bytes.
 
-matplotlib is an extra (`plot`) and is loaded here only, when a figure is drawn. The same values give the same bytes
-with the same matplotlib.
+matplotlib is loaded when a figure is drawn (`epsim.report.figure`).
 """
 
 from collections.abc import Mapping, Sequence
