@@ -1,7 +1,10 @@
-"""Files that are written whole or not at all, `whole_file`; what can go wrong, `require_writable`, `write_errors`."""
+"""Files that are written whole or not at all, `whole_file`; what can go wrong, `write_errors`.
+
+Before there is anything to write: `check_folder`, `check_file`, `check_outputs`, and by trying, `require_writable`.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,11 +31,42 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def require_writable(path: Path) -> None:
-    """Raise OutputError unless a file can be written there, before hours of work that end in writing it."""
+def check_folder(folder: Path) -> None:
+    """Raise OutputError if files can surely not be written into a folder, which need not be there yet."""
+    with write_errors(folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{folder}: {there} is not a folder; name another path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: {there} is not writable; name another path")
+
+
+def check_file(path: Path) -> None:
+    """Raise OutputError if a file can surely not be written: it is a folder, or there is none to write it into."""
     require_replaceable(path)
     if not path.parent.exists():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it, or name another path")
+    check_folder(path.parent)
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise OutputError if a file can surely not be written, or would replace an input or another output.
+
+    outputs: by the option that names them; None for what is not asked for or not given.
+    """
+    taken = {path.resolve(): "is read for this" for path in inputs if path is not None}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        check_file(path)
+        if use := taken.get(path.resolve()):
+            raise OutputError(f"{option} {path}: {use}; name another file")
+        taken[path.resolve()] = f"is what {option} writes"
+
+
+def require_writable(path: Path) -> None:
+    """Raise OutputError unless a file can be written there, before hours of work that end in writing it."""
+    check_file(path)
     with write_errors(path):
         _part(path.resolve()).touch()
         _part(path.resolve()).unlink()

@@ -57,7 +57,8 @@ def simulate(
     json_output: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
 ) -> None:
     """Simulate a scenario: TTFT, TPOT and where the time goes, per batch size."""
-    from epsim.report.files import check_folder, to_json, write_run
+    from epsim.atomic import check_folder
+    from epsim.report.files import to_json, write_run
     from epsim.report.tables import simulation_tables
     from epsim.run import count_steps, simulate
     from epsim.scenario import load_scenario
@@ -96,8 +97,9 @@ def compare(
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows as CSV.")] = None,
 ) -> None:
     """Simulate a grid of scenarios and print the differences to a baseline, best first."""
+    from epsim.atomic import check_file
     from epsim.compare import compare, parse_axes, parse_baseline
-    from epsim.report.files import check_file, write_csv
+    from epsim.report.files import write_csv
     from epsim.report.tables import comparison_tables
     from epsim.scenario import load_raw
 
@@ -150,9 +152,10 @@ def published(
     json_output: Annotated[bool, typer.Option("--json", help="Print all values instead of tables.")] = False,
 ) -> None:
     """Predictions beside SMoES tables S10, S11 and S12: reproduced, fitted, held out. Takes some minutes."""
+    from epsim.atomic import check_folder, check_outputs
     from epsim.calibrate.profile import check_profile_path, write_profile
     from epsim.report.figure import require_matplotlib
-    from epsim.report.files import check_folder, check_outputs, to_json
+    from epsim.report.files import to_json
     from epsim.report.validation import validation_tables
     from epsim.validate.document import write_document
     from epsim.validate.report import files_read, published_report

@@ -34,11 +34,12 @@ def calibrate(
     ] = None,
 ) -> None:
     """Fit a cluster's device and link figures to measured TTFT and TPOT, and say how far to believe them."""
+    from epsim.atomic import check_outputs
     from epsim.calibrate.calibration import device_profile, report
     from epsim.calibrate.command import prepare, run
     from epsim.calibrate.profile import check_profile_path, write_profile
     from epsim.report.calibration import calibration_tables
-    from epsim.report.files import check_outputs, to_json, write_csv
+    from epsim.report.files import to_json, write_csv
 
     check_outputs({"--device": device, "--csv": csv}, (measured, scenario, parameters))
     check_profile_path(device)

@@ -110,8 +110,9 @@ def stats(
     json_output: Annotated[bool, typer.Option("--json", help="Print all values instead of tables.")] = False,
 ) -> None:
     """Say how experts specialise by modality, how even their load is, and what would cross between devices."""
+    from epsim.atomic import check_folder
     from epsim.report.figure import require_matplotlib
-    from epsim.report.files import check_folder, to_json, write_files
+    from epsim.report.files import to_json, write_files
     from epsim.report.trace_stats import trace_stats_tables
     from epsim.trace.file import TraceFile
     from epsim.trace_stats import Spread, sample_request, trace_stats

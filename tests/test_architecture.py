@@ -42,10 +42,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "capture": {"atomic", "model", "scenario", "trace"},
     "__main__": {"cli"},
     "console": set(),
-    "cli_calibrate": {"calibrate", "console", "report"},
+    "cli_calibrate": {"atomic", "calibrate", "console", "report"},
     "cli_capture": {"capture", "console"},
-    "cli_trace": {"cli_capture", "console", "report", "scenario", "trace", "trace_stats", "traces"},
+    "cli_trace": {"atomic", "cli_capture", "console", "report", "scenario", "trace", "trace_stats", "traces"},
     "cli": {
+        "atomic",
         "run",
         "compare",
         "scenario",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from epsim.atomic import require_writable
+from epsim.atomic import check_outputs, require_writable
 from epsim.capture.capture import Advance, CaptureOutcome, capture_batches
 from epsim.capture.forward import run_batch
 from epsim.capture.model import MoeModel
@@ -22,7 +22,7 @@ from epsim.capture.scores.gaussian import score_name
 from epsim.capture.scores.gaussian_statistics import GaussianStatistics
 from epsim.capture.scores.statistics_file import load_statistics, save_statistics
 from epsim.capture.workload import Workload, make_workload
-from epsim.errors import InputError, OutputError
+from epsim.errors import InputError
 from epsim.trace.meta import TraceMeta
 
 CountRequests = Callable[[str, int], AbstractContextManager[Advance]]  # a label and how many: a progress bar
@@ -83,14 +83,15 @@ def _capture(
     check(meta)
     missing = [name for name in options.fitted_scores if name not in given]
     _require_images(workload, missing, takes_images=model.is_vlm)
-    outputs = [path, *(statistics_path(path, name) for name in missing)]
+    fitted_files = {name: statistics_path(path, name) for name in missing}
     checkpoint = model.folder.iterdir() if model.folder else ()
-    _require_apart(outputs, [*workload.files, *map(Path, options.statistics), *checkpoint])
+    outputs = {"-o": path} | {f"--scores {name}": file for name, file in fitted_files.items()}
+    check_outputs(outputs, [*workload.files, *map(Path, options.statistics), *checkpoint])
     say(f"{model.name}: {meta.words}")
     fitted = _fit(options, model, workload, missing, count) if missing else {}
     for name, statistics in fitted.items():
-        save_statistics(statistics, statistics_path(path, name))
-        say(f"wrote {statistics_path(path, name)}")
+        save_statistics(statistics, fitted_files[name])
+        say(f"wrote {fitted_files[name]}")
     scores = [make_score(name, (given | fitted).get(name)) for name in options.scores or ()]
     with count("tracing", workload.num) as advance:
         return capture_batches(
@@ -119,15 +120,6 @@ def _given_statistics(options: CaptureOptions) -> dict[str, GaussianStatistics]:
             )
         found[name] = statistics
     return found
-
-
-def _require_apart(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    """Raise OutputError if a file cannot be written, or would replace one that is read."""
-    read = {file.resolve() for file in inputs}
-    for file in outputs:
-        require_writable(file)
-        if file.resolve() in read:
-            raise OutputError(f"{file}: is read for this; name another file with -o")
 
 
 def _require_images(workload: Workload, to_fit: Sequence[str], *, takes_images: bool) -> None:

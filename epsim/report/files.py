@@ -6,51 +6,16 @@ Each file appears whole or not at all, and only after all contents have been mad
 import csv
 import io
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from epsim.atomic import require_replaceable, whole_file, write_errors
-from epsim.errors import OutputError
+from epsim.atomic import whole_file, write_errors
 from epsim.metrics import StepRecord
 from epsim.report.timeline import TimelineSlice, timeline
-
-
-def check_folder(folder: Path) -> None:
-    """Raise OutputError if files can surely not be written into a folder, which need not be there yet."""
-    with write_errors(folder):
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise OutputError(f"{folder}: {there} is not a folder; name another path")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: {there} is not writable; name another path")
-
-
-def check_file(path: Path) -> None:
-    """Raise OutputError if a file can surely not be written: it is a folder, or there is none to write it into."""
-    require_replaceable(path)
-    if not path.parent.exists():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it, or name another path")
-    check_folder(path.parent)
-
-
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None]) -> None:
-    """Raise OutputError if a file can surely not be written, or would replace an input or another output.
-
-    outputs: by the option that names them; None for what is not asked for or not given.
-    """
-    taken = {path.resolve(): "is read for this" for path in inputs if path is not None}
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        check_file(path)
-        if use := taken.get(path.resolve()):
-            raise OutputError(f"{option} {path}: {use}; name another file")
-        taken[path.resolve()] = f"is what {option} writes"
 
 
 def to_json(content: Any) -> str:
