@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trace_stats": {"metrics", "placement", "trace", "traffic"},
     "warm_up": {"run", "scenario"},
     "capture": {"atomic", "model", "scenario", "trace"},
+    "specialize": {"atomic", "capture", "model", "scenario", "trace"},
     "__main__": {"cli"},
     "console": set(),
     "cli_calibrate": {"atomic", "calibrate", "console", "report"},
@@ -60,8 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
 HEAVY_AT_HOME = {
-    "torch": {"capture"},
-    "transformers": {"capture"},
+    "torch": {"capture", "specialize"},
+    "transformers": {"capture", "specialize"},
     "tokenizers": {"capture"},
     "safetensors": {"capture"},
     "PIL": {"capture"},
