@@ -85,7 +85,7 @@ class StageSpec(StrictModel):
 
     task: "cells", digit and ink of each cell of a scene from the vision encoder alone; "text", prompts without images;
     "multimodal", prompts with images, and a share `text_only` without.
-    specialize: the method's losses act in this stage; masks of experts and biases are in place in every one.
+    specialize: the method is in place: its losses, and its masks of experts or biases.
     """
 
     name: Text

@@ -9,7 +9,7 @@ Shapes: B requests of a batch, S columns of this pass, T = B S, L MoE layers, M 
 size. A score is the share of text, from 0 to 1; that of vision is what is left to 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from epsim.capture.model import ForwardPass, MoeModel
 from epsim.capture.scores.gaussian_statistics import (
     BETA,
     NUM_MODALITIES,
+    SUMS,
     TAU_FACTOR,
     Density,
     FittedModel,
@@ -143,6 +144,18 @@ class GaussianFit:
             raise RuntimeError(f"{self.name} statistics: no model has been attached")
         self.start_batch()
         return self._statistics
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums of eq. 5-7 and which mixtures have begun, to go on from with `load_state_dict`."""
+        sums = {name: getattr(self.statistics, name) for name in SUMS}
+        return sums | {"is_started": torch.tensor(self._is_started)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such sums; after `attach`."""
+        for name in SUMS:
+            getattr(self.statistics, name).copy_(state[name])
+        self._is_started = state["is_started"].tolist()
+        self._begin()
 
     def start_batch(self) -> None:
         """Take in the batch that was under way, as one update; one that not all layers have seen is dropped."""

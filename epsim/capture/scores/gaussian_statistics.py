@@ -15,6 +15,7 @@ BETA = 0.99  # SMoES, supplement 1.3
 TAU_FACTOR = 0.5  # tau = 0.5 D; SMoES, supplement 1.3 and table S8
 VARIANCE_FLOOR = 1e-6
 NUM_MODALITIES = 2
+SUMS = ("count_LMC", "sum_LMCD", "square_LMCD")
 
 _TINY = 1e-300  # against 0 / 0 where a modality has no tokens yet; the state is float64
 
@@ -163,7 +164,7 @@ class GaussianStatistics:
 
     def to(self, device: torch.device | str) -> "GaussianStatistics":
         """Return the same statistics with their sums on `device`."""
-        sums = {name: getattr(self, name).to(device) for name in ("count_LMC", "sum_LMCD", "square_LMCD")}
+        sums = {name: getattr(self, name).to(device) for name in SUMS}
         return replace(self, **sums)
 
     def _mean_LMCD(self) -> Tensor:

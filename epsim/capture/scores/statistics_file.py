@@ -18,12 +18,11 @@ from torch import Tensor
 
 from epsim.atomic import whole_file, write_errors
 from epsim.capture.model import MoeModel
-from epsim.capture.scores.gaussian_statistics import NUM_MODALITIES, FittedModel, GaussianStatistics
+from epsim.capture.scores.gaussian_statistics import NUM_MODALITIES, SUMS, FittedModel, GaussianStatistics
 from epsim.errors import InputError
 
 METADATA_KEY = "epsim_gaussian_statistics"
 FORMAT_VERSION = 1
-TENSORS = ("count_LMC", "sum_LMCD", "square_LMCD")
 
 
 def fitted_model(model: MoeModel) -> FittedModel:
@@ -47,7 +46,7 @@ def save_statistics(statistics: GaussianStatistics, path: str | os.PathLike[str]
         "tau_factor": statistics.tau_factor,
         "mock": statistics.mock,
     }
-    tensors = {name: getattr(statistics, name).cpu().contiguous() for name in TENSORS}
+    tensors = {name: getattr(statistics, name).cpu().contiguous() for name in SUMS}
     with whole_file(path) as part, write_errors(part):
         part.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(about)}))
 
@@ -61,7 +60,7 @@ def load_statistics(path: str | os.PathLike[str]) -> GaussianStatistics:
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in TENSORS if name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in SUMS if name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
         raise InputError(
@@ -85,7 +84,7 @@ def _statistics(
             beta=float(about["beta"]),
             tau_factor=float(about["tau_factor"]),
             mock=bool(about["mock"]),
-            **{name: tensors[name] for name in TENSORS},
+            **{name: tensors[name] for name in SUMS},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the Gaussian statistics are damaged ({error}); fit them again") from error

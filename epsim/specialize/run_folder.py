@@ -1,0 +1,139 @@
+"""The folder of a training run: `RunFolder`, whose files are written whole or not at all.
+
+`train.yaml` is the run's YAML, `last.pt` what an interrupted run goes on from, `stage-NAME.pt` the weights at the end of a
+stage, `model/` the trained model as a checkpoint, `results.json` what came out. `log.csv` and `experts.npz` are
+those of `epsim.specialize.log`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from epsim.atomic import check_folder, whole_file, write_errors
+from epsim.errors import InputError
+from epsim.scenario.train import TrainSpec
+
+State = dict[str, Any]
+
+
+class RunFolder:
+    """Files of a run, by what they are for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def last(self) -> Path:
+        """What an interrupted run goes on from."""
+        return self.path / "last.pt"
+
+    @property
+    def model(self) -> Path:
+        """The trained model."""
+        return self.path / "model"
+
+    @property
+    def results(self) -> Path:
+        """What came out."""
+        return self.path / "results.json"
+
+    def begin(self, spec: TrainSpec) -> None:
+        """Make the folder of a new run. Raises InputError if it holds another already."""
+        check_folder(self.path)
+        if self.last.exists() or self.results.exists():
+            raise InputError(f"-o {self.path}: holds a training run; write --resume to go on with it, or name another")
+        with write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+        with whole_file(self.path / "train.yaml") as part:
+            part.write_text(text, encoding="utf-8")
+
+    def resume(self, spec: TrainSpec) -> State:
+        """Return the state to go on from. Raises InputError if there is none, or it is of another run."""
+        if self.results.exists():
+            raise InputError(f"--resume: the run in {self.path} is complete; name another folder with -o")
+        if not self.last.exists():
+            raise InputError(f"--resume: {self.path} holds no run to go on with; leave --resume out")
+        state = read_state(self.last)
+        if state["spec"] != spec.model_dump(mode="json"):
+            raise InputError(
+                f"--resume: {self.path} holds a run with another YAML; go on with {self.path / 'train.yaml'}"
+            )
+        return state
+
+    def stage(self, name: str) -> Path:
+        """The weights at the end of a stage."""
+        return self.path / f"stage-{name}.pt"
+
+    def save_last(self, state: State) -> None:
+        """Replace what the run goes on from."""
+        write_state(self.last, state)
+
+    def save_results(self, results: State) -> None:
+        """Write `results.json`, with which the run is complete, and drop what it would have gone on from."""
+        with whole_file(self.results) as part:
+            part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        self.last.unlink(missing_ok=True)
+
+    def replace_model(self, new: Path) -> None:
+        """Put the folder `new`, beside it, in the place of the model."""
+        with write_errors(self.model):
+            shutil.rmtree(self.model, ignore_errors=True)
+            new.replace(self.model)
+
+
+def common_stages(spec: TrainSpec, other: Path) -> list[str]:
+    """Return the stages, from the first on, that the run in `other` has done as `spec` asks for them.
+
+    Model, data and seed must be the same, and so must the method from the first stage that it is in place.
+    Raises InputError if there is no such stage.
+    """
+    theirs = _spec_of(other)
+    ours = spec.model_dump(mode="json")
+    common: list[str] = []
+    if all(ours[key] == theirs.get(key) for key in ("seed", "model", "data")):
+        for stage, their_stage in zip(ours["stages"], theirs["stages"], strict=False):
+            same = stage == their_stage and (not stage["specialize"] or ours["method"] == theirs["method"])
+            if not same or not RunFolder(other).stage(stage["name"]).exists():
+                break
+            common.append(stage["name"])
+    if not common:
+        raise InputError(
+            f"--start {other}: its run has no stage in common with this one (same seed, model, data and first stage); "
+            "leave --start out"
+        )
+    return common
+
+
+def _spec_of(folder: Path) -> State:
+    try:
+        loaded = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--start {folder}: holds no training run ({error.strerror}); write the folder of one") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--start {folder}: train.yaml cannot be read; write the folder of another run") from error
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("stages"), list):
+        raise InputError(f"--start {folder}: train.yaml is not that of a run; write the folder of another run")
+    return loaded
+
+
+def read_state(path: Path) -> State:
+    """Return what `write_state` wrote; raises InputError for a damaged file."""
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged archive makes torch raise
+        raise InputError(f"{path}: is damaged or no state of a run; start the run anew in another folder") from error
+    return state
+
+
+def write_state(path: Path, state: State) -> None:
+    """Write tensors and plain values whole or not at all."""
+    with whole_file(path) as part, write_errors(path):
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # of torch's archive writer, when the disk is full
+            raise OSError(28, f"torch cannot write it ({str(error).splitlines()[0]})") from error

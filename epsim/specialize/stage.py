@@ -1,0 +1,137 @@
+"""One stage of training: `StageRun`, a step at a time, with a state that it can go on from to the bit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from epsim.capture.model import MoeModel
+from epsim.capture.models.device import memory_errors
+from epsim.errors import EpsimError
+from epsim.scenario.train import StageSpec, TrainSpec
+from epsim.specialize.log import Window
+from epsim.specialize.methods import Method, trained_parameters
+from epsim.specialize.observer import GateObserver
+from epsim.specialize.source import ExampleSource
+from epsim.specialize.tasks import Task, make_task
+
+BETAS = (0.9, 0.999)  # SMoES, supplement 1.3
+
+
+class DivergedError(EpsimError):
+    """A loss or gradient that is no number: the run cannot go on from here."""
+
+
+class StageRun:
+    """AdamW on the parts that the stage trains, a cosine schedule with warm-up, gradients clipped (SMoES table S1).
+
+    A context manager: hooks are on the model inside it. A plain loop: it needs nothing of a trainer but the step, and
+    the adapters of accelerate or lightning to a loss that hooks on the model put together were longer.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, index: int, model: MoeModel, source: ExampleSource, method: Method | None
+    ) -> None:
+        """index: of the stage in `spec.stages`."""
+        self.stage: StageSpec = spec.stages[index]
+        self.model, self.method = model, method
+        self.step = 0
+        self.seconds = 0.0
+        self.window = Window()
+        self._observer = GateObserver(model)
+        self.task: Task = make_task(spec, index, model, source, self._observer, method)
+
+    def __enter__(self) -> "StageRun":
+        self._observer.attach()
+        if self.method is not None:
+            self.method.attach(self.model)
+        self._trained = self._set_trained()
+        stage = self.stage
+        self._optimizer = torch.optim.AdamW(
+            self._trained, lr=stage.learning_rate, betas=BETAS, weight_decay=stage.weight_decay
+        )
+        warmup = round(stage.warmup_frac * stage.steps)
+        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, stage.steps)
+        self.model.module.train()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.model.module.eval().requires_grad_(False)
+        self._observer.detach()
+        if self.method is not None:
+            self.method.detach()
+
+    def advance(self) -> None:
+        """Make a step. Raises DivergedError, with weights as they were before it, if its loss is not a number."""
+        with memory_errors(self.model.device):
+            outcome = self.task.run(self.step)
+            objective = outcome.objective
+            objective.backward()
+            norm = nn.utils.clip_grad_norm_(self._trained, self.stage.gradient_clip)
+            self._require_finite(objective, norm)
+            self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.window.add(outcome, norm)
+        self.step += 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step, or of the first."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that decides on the steps to come, but for the model's own weights."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "head": self.task.head.state_dict(),
+            "method": self.method.state_dict() if self.method else {},
+            "window": self.window.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.model.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.model.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.task.head.load_state_dict(state["head"])
+        if self.method is not None:
+            self.method.load_state_dict(state["method"])
+        self.window.load_state_dict(state["window"])
+        torch.set_rng_state(state["random"].cpu())
+        if self.model.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.model.device)
+
+    def _set_trained(self) -> list[nn.Parameter]:
+        """Turn gradients on for what the stage trains, and return it."""
+        inner = self.model.module.model
+        parts: dict[str, list[nn.Module]] = {
+            "vision": [inner.vision_tower],
+            "projector": [inner.multi_modal_projector],
+            "language": [inner.language_model, self.model.module.lm_head],
+        }
+        self.model.module.requires_grad_(False)
+        modules = [module for part in self.stage.trains for module in parts[part]]
+        trained = [*(p for module in modules for p in module.parameters()), *self.task.head.parameters()]
+        trained += trained_parameters(self.method) if self.method else []
+        unique = list(dict.fromkeys(trained))
+        for parameter in unique:
+            parameter.requires_grad_(True)
+        return unique
+
+    def _require_finite(self, objective: Tensor, norm: Tensor) -> None:
+        if bool(torch.isfinite(objective) & torch.isfinite(norm)):
+            return
+        what = f"loss is {float(objective)}, norm of the gradients {float(norm)}"
+        raise DivergedError(
+            f"stage {self.stage.name}, step {self.step + 1}: {what}; write a smaller "
+            f"stages[{self.stage.name}].learning_rate or smaller weights in method"
+        )
