@@ -193,6 +193,7 @@ def bins_by_hand(adaptive: bool) -> ExpertBins:
 def test_bins_by_hand() -> None:
     """Eq. 10, decay 1/2: text (.5, .5, 0, 0), vision (.5, .25, 0, .5). Eq. 11: (.5, 2/3, none: .5, 0)."""
     bins = bins_by_hand(adaptive=True)
+    assert bins.state_dict()["mean_picks_LME"].tolist() == [[[0.5, 0.5, 0, 0], [0.5, 0.25, 0, 0.5]]]
     assert bins.text_bias_LE.tolist() == [[0.5, pytest.approx(2 / 3, abs=1e-15), 0.5, 0.0]]
     assert bins.experts_LNC.tolist() == [[[3, 0], [2, 1]]]
     assert bins.experts_LNC.dtype == torch.int64
