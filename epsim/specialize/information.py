@@ -22,12 +22,12 @@ def inter_bin_information(routed: RoutedPass, experts_LNC: Tensor, score_LBS: Te
         score_LBS: float32, the share of text in a token, from 0 to 1; the rest is vision.
         counts_B: bool, samples that count: those with tokens of both modalities. Eq. 12 is 0/0 for the others.
     """
-    mass_LBMN = _mean_gates(routed, experts_LNC, score_LBS)
+    mass_LBMN = _mean_gates(routed, experts_LNC, score_LBS).double()  # the logarithms below nearly cancel
     joint_LBMN = normalised(mass_LBMN.flatten(2)).view(mass_LBMN.shape)
     modality_LBM1 = joint_LBMN.sum(dim=3, keepdim=True)
     bin_LB1N = joint_LBMN.sum(dim=2, keepdim=True)
     terms_LBMN = joint_LBMN * (safe_log(joint_LBMN) - safe_log(modality_LBM1) - safe_log(bin_LB1N))
-    return -_sum_of_means(terms_LBMN.sum(dim=(2, 3)), counts_B)
+    return -_sum_of_means(terms_LBMN.sum(dim=(2, 3)), counts_B).to(routed.gate_LBSE.dtype)
 
 
 def inter_bin_divergence(routed: RoutedPass, experts_LNC: Tensor, score_LBS: Tensor, counts_B: Tensor) -> Tensor:
