@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from epsim.capture.models.processor import Processor
@@ -97,9 +96,8 @@ def encode_examples(prompts: Sequence[Prompt], processor: Processor) -> ExampleB
 
 def encode_cells(scenes: Sequence[DigitScene], processor: Processor) -> CellsBatch:
     """Return scenes and their cells, on the host; raises InputError if the model reads no images."""
-    images: list[Image.Image] = [scene.open() for scene in scenes]
     return CellsBatch(
-        pixel_values=processor.pixels(images),
+        pixel_values=processor.pixels([scene.open() for scene in scenes]),
         digits_BC=torch.tensor([scene.digits for scene in scenes]),
         inks_BC=torch.tensor([[INK_NAMES.index(ink) for ink in scene.inks] for scene in scenes]),
     )
