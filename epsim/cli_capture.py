@@ -34,7 +34,7 @@ def trace(
     requests: Annotated[Path | None, option("Prompts, one JSON object per line.", REQUESTS, metavar="FILE")] = None,
     builtin: Annotated[
         str | None,
-        option("The default: a set of epsim's, mixed, digits, photos or text.", REQUESTS, metavar="SET"),
+        option("The default: a set of epsim's: mixed, digits, photos, text or scenes.", REQUESTS, metavar="SET"),
     ] = None,
     mock: Annotated[bool, option("Random tokens. Their routing is more skewed than real.", REQUESTS, "--mock")] = False,
     num_requests: Annotated[int | None, option("How many; default 8, of a file all.", REQUESTS)] = None,

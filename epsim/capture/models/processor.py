@@ -1,6 +1,6 @@
 """From text and images to what a model takes: `Processor`, `Encoded`, `load_processor`.
 
-Shapes: S prompt tokens.
+Shapes: S prompt tokens, A tokens of an answer, I images.
 """
 
 import hashlib
@@ -73,18 +73,18 @@ class Processor:
         Raises InputError if the placeholders are not as many as the images, if a text model gets an image, and if
         the prompt is empty.
         """
-        if images and self.image_token_id is None:
-            raise InputError(f"prompt: {len(images)} images for a model that takes text only; leave them out")
-        if images and IMAGE_TOKEN not in text:
-            text = f"{IMAGE_TOKEN}\n" * len(images) + text
-        if (placeholders := text.count(IMAGE_TOKEN)) != len(images):
+        return Encoded(token_ids=self.tokens(text, len(images)), pixel_values=self.pixels(images) if images else None)
+
+    def tokens(self, text: str, num_images: int = 0) -> Tensor:
+        """Return the tokens of a prompt with that many images, int64 [S]; as `encode`, which raises the same."""
+        self._require_vision(num_images)
+        if num_images and IMAGE_TOKEN not in text:
+            text = f"{IMAGE_TOKEN}\n" * num_images + text
+        if (placeholders := text.count(IMAGE_TOKEN)) != num_images:
             raise InputError(
-                f"prompt: {placeholders} x {IMAGE_TOKEN} for {len(images)} images; write it as often as there are "
+                f"prompt: {placeholders} x {IMAGE_TOKEN} for {num_images} images; write it as often as there are "
                 "images, or not at all"
             )
-        return Encoded(token_ids=self._tokens(text, len(images)), pixel_values=self._pixels(images))
-
-    def _tokens(self, text: str, num_images: int) -> Tensor:
         if self.chat_template is not None:
             text = self._turn(text)
         if self.image_token_id is not None:
@@ -96,6 +96,31 @@ class Processor:
         self._check(token_ids, num_images)
         return token_ids
 
+    def answer_tokens(self, answer: str) -> Tensor:
+        """Return the tokens of what the model is to say, int64 [A]: no beginning of sequence, but its end.
+
+        Raises InputError if the tokenizer has no end-of-sequence token, and for tokens that the model cannot say.
+        """
+        eos = self.tokenizer.eos_token_id
+        if not isinstance(eos, int):
+            raise InputError("answer: the checkpoint's tokenizer has no end-of-sequence token; give it an eos_token")
+        ids = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], eos]
+        if self.image_token_id in ids:
+            raise InputError(f"answer: has an image token; leave {IMAGE_TOKEN} out, a model answers in text")
+        if (largest := max(ids)) >= self.vocab_size:
+            raise self._not_embedded("answer", largest)
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _not_embedded(self, what: str, token_id: int) -> InputError:
+        return InputError(
+            f"{what}: the tokenizer gives id {token_id}, and the model embeds {self.vocab_size} ids; "
+            "write a checkpoint whose tokenizer belongs to it"
+        )
+
+    def _require_vision(self, num_images: int) -> None:
+        if num_images and self.image_token_id is None:
+            raise InputError(f"prompt: {num_images} images for a model that takes text only; leave them out")
+
     def _lacks_bos(self, text: str) -> bool:
         """As transformers has it: a text model's template writes all special tokens, LLaVA's leaves <bos> out."""
         bos = self.tokenizer.bos_token
@@ -106,10 +131,7 @@ class Processor:
         if not len(token_ids):
             raise InputError("prompt: is empty; write some text")
         if (largest := int(token_ids.max())) >= self.vocab_size:
-            raise InputError(
-                f"prompt: the tokenizer gives id {largest}, and the model embeds {self.vocab_size} ids; "
-                "write a checkpoint whose tokenizer belongs to it"
-            )
+            raise self._not_embedded("prompt", largest)
         found = 0 if self.image_token_id is None else int(token_ids.eq(self.image_token_id).sum())
         if found != (wanted := num_images * self.tokens_per_image):
             raise InputError(
@@ -133,9 +155,9 @@ class Processor:
                 return str(rendered)
         raise InputError("prompt: the checkpoint's chat template does not render it; mend or remove the template")
 
-    def _pixels(self, images: Sequence[Image.Image]) -> Tensor | None:
-        if not images:
-            return None
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the pixels of one image or more, float32 [I, 3, height, width]; many at once are faster."""
+        self._require_vision(len(images))
         converted = [image.convert("RGB") for image in images]
         with quiet():
             pixels: Tensor = self.image_processor(images=converted, return_tensors="pt")["pixel_values"]

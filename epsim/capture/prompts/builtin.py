@@ -3,7 +3,9 @@
 - `digits`: questions with one right answer about scenes of handwritten digits (`epsim.capture.prompts.digits`);
 - `photos`: general questions about parts of photographs (`epsim.capture.prompts.photos`);
 - `text`: passages, sums, words and programs, without an image (`epsim.capture.prompts.passages`);
-- `mixed`: of every five prompts two digits, two photos and one text.
+- `mixed`: of every five prompts two digits, two photos and one text;
+- `scenes`: of every five prompts four short questions about small scenes of digits and one about a scene in words, none
+  of which `epsim.specialize` trains on (`epsim.capture.prompts.scenes`).
 """
 
 from collections.abc import Callable
@@ -16,10 +18,12 @@ from epsim.capture.prompts.digits import digit_prompt
 from epsim.capture.prompts.passages import text_prompt
 from epsim.capture.prompts.photos import photo_prompt
 from epsim.capture.prompts.requests import Prompt, PromptSet, RequestError
+from epsim.capture.prompts.scenes import scene_prompt, text_scene_prompt
 from epsim.scenario.describe import did_you_mean
 
-BUILTIN_KINDS = ("mixed", "digits", "photos", "text")
+BUILTIN_KINDS = ("mixed", "digits", "photos", "text", "scenes")  # the place of each is part of its seed
 _MIXED = ("photos", "digits", "photos", "digits", "text")
+_SCENES = (scene_prompt, scene_prompt, scene_prompt, scene_prompt, text_scene_prompt)
 _LIBRARIES = ("numpy", "pillow", "scikit-image", "scikit-learn")
 _MAKERS: dict[str, Callable[[np.random.Generator, str], Prompt]] = {
     "digits": digit_prompt,
@@ -54,4 +58,7 @@ def check_num_and_seed(num: int, seed: int) -> None:
 def _prompt(kind: str, index: int, seed: int) -> Prompt:
     part = _MIXED[index % len(_MIXED)] if kind == "mixed" else kind
     rng = np.random.default_rng([seed, BUILTIN_KINDS.index(part), index])
-    return _MAKERS[part](rng, f"built-in {part} {index}")
+    name = f"built-in {part} {index}"
+    if part == "scenes":
+        return _SCENES[index % len(_SCENES)](rng, name, held_out=True)
+    return _MAKERS[part](rng, name)

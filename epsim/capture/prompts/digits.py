@@ -32,16 +32,18 @@ class DigitScene:
         side: 2 or 3.
         image_ids: of scikit-learn's images, side * side of them.
         inks: the colour of each, a key of `INKS`.
+        pixels: width and height of the picture.
     """
 
     side: int
     image_ids: tuple[int, ...]
     inks: tuple[str, ...]
+    pixels: int = SCENE_PIXELS
 
     @cached_property
     def digits(self) -> tuple[int, ...]:
         """What is written, 0 to 9."""
-        return tuple(int(_labels()[i]) for i in self.image_ids)
+        return tuple(int(digit_labels()[i]) for i in self.image_ids)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -50,17 +52,18 @@ class DigitScene:
 
     @property
     def identity(self) -> str:
-        """Which digits, in which ink, and a hash of scikit-learn's images."""
-        return f"digits {self.image_ids} {self.inks} of {_images_sha256()}"
+        """Which digits, in which ink, at which size if not the usual one, and a hash of scikit-learn's images."""
+        size = "" if self.pixels == SCENE_PIXELS else f" at {self.pixels} pixels"
+        return f"digits {self.image_ids} {self.inks}{size} of {_images_sha256()}"
 
     def open(self) -> Image.Image:
-        """Return the scene, RGB, `SCENE_PIXELS` wide and high."""
-        scene = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), PAPER)
-        cell = SCENE_PIXELS // self.side
+        """Return the scene, RGB, `pixels` wide and high."""
+        scene = Image.new("RGB", (self.pixels, self.pixels), PAPER)
+        cell = self.pixels // self.side
         margin = cell // 14
         size = cell - 2 * margin
         for place, (image_id, ink) in enumerate(zip(self.image_ids, self.inks, strict=True)):
-            strokes = Image.fromarray(_images()[image_id]).resize((size, size), Image.Resampling.BICUBIC)
+            strokes = Image.fromarray(digit_images()[image_id]).resize((size, size), Image.Resampling.BICUBIC)
             row, column = divmod(place, self.side)
             scene.paste(INKS[ink], (column * cell + margin, row * cell + margin), strokes)
         return scene
@@ -72,7 +75,7 @@ def digit_prompt(rng: np.random.Generator, name: str) -> Prompt:
     inks = tuple(INKS)
     scene = DigitScene(
         side=side,
-        image_ids=tuple(int(i) for i in rng.integers(len(_labels()), size=side * side)),
+        image_ids=tuple(int(i) for i in rng.integers(len(digit_labels()), size=side * side)),
         inks=tuple(inks[i] for i in rng.integers(len(inks), size=side * side)),
     )
     question, answer = QUESTIONS[rng.integers(len(QUESTIONS))](scene, rng)
@@ -81,21 +84,21 @@ def digit_prompt(rng: np.random.Generator, name: str) -> Prompt:
 
 
 @cache
-def _images() -> NDArray[np.uint8]:
+def digit_images() -> NDArray[np.uint8]:
     """Return strokes [1797, 8, 8], 0 to 255."""
     images: NDArray[np.float64] = load_digits().images
     return np.round(images * (255 / 16)).astype(np.uint8)
 
 
 @cache
-def _labels() -> NDArray[np.int64]:
+def digit_labels() -> NDArray[np.int64]:
     labels: NDArray[np.int64] = load_digits().target
     return labels
 
 
 @cache
 def _images_sha256() -> str:
-    return hashlib.sha256(_images().tobytes()).hexdigest()
+    return hashlib.sha256(digit_images().tobytes()).hexdigest()
 
 
 Question = Callable[[DigitScene, np.random.Generator], tuple[str, str]]

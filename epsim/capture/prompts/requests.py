@@ -4,6 +4,7 @@ The file holds one JSON object per line:
 
     {"text": "What is this?", "image": "cat.png"}
     {"text": "What changed?", "images": ["before.png", "after.png"], "max_new_tokens": 64}
+    {"text": "2 + 3 =", "answer": "5"}
 
 Paths of images are relative to the file.
 """
@@ -22,7 +23,7 @@ from epsim.scenario.describe import did_you_mean
 MAX_NEW_TOKENS = 2**31 - 1  # steps and positions of a trace are int32
 _EXAMPLE = '{"text": "What is this?", "image": "cat.png"}'
 _ADDRESSES = ("http://", "https://", "data:")
-_KEYS = ("text", "image", "images", "max_new_tokens")
+_KEYS = ("text", "image", "images", "max_new_tokens", "answer")
 
 
 class RequestError(InputError):
@@ -38,7 +39,7 @@ class Prompt:
         images: in the order in which the prompt shows them; not in memory.
         max_new_tokens: output tokens; None for the default of the run.
         name: where it is from, for messages.
-        answer: the right one where it is definite, for people; the model does not see it.
+        answer: the right one where it is definite: what training learns. In a capture the model does not see it.
     """
 
     text: str
@@ -144,6 +145,7 @@ class _LineReader:
             images=tuple(self._image(place, name) for name in _image_names(place, fields)),
             max_new_tokens=fields.get("max_new_tokens"),
             name=place,
+            answer=_answer(place, fields),
         )
 
     def _image(self, place: str, name: str) -> ImageFile:
@@ -179,14 +181,26 @@ def _text(place: str, fields: dict[str, Any]) -> str:
     has_image = fields.keys() & {"image", "images"}
     if "text" not in fields and not has_image:
         raise RequestError(f'{place}: "text" is missing; write what to ask, e.g. {_EXAMPLE}')
-    text = fields.get("text", "")
-    if not isinstance(text, str):
-        raise RequestError(f"{place}: text: {_shown(text)} must be a string")
+    return _string(place, "text", fields.get("text", ""))
+
+
+def _answer(place: str, fields: dict[str, Any]) -> str | None:
+    if "answer" not in fields:
+        return None
+    answer = _string(place, "answer", fields["answer"])
+    if not answer.strip():
+        raise RequestError(f'{place}: answer: {_shown(answer)} is empty; write the right answer, or leave "answer" out')
+    return answer
+
+
+def _string(place: str, key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{place}: {key}: {_shown(value)} must be a string")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{place}: text: holds half of a surrogate pair; write whole characters") from error
-    return text
+        raise RequestError(f"{place}: {key}: holds half of a surrogate pair; write whole characters") from error
+    return value
 
 
 def _image_names(place: str, fields: dict[str, Any]) -> Sequence[str]:
