@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from reference.small_models import BACKBONE_NAMES, small_batch, small_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from epsim.capture.capture import capture_batches
@@ -211,6 +212,15 @@ def test_detaching_restores_the_model_bit_for_bit(backbone: str) -> None:
     gate.attach(model)
 
 
+def test_a_forward_that_another_library_replaced_comes_back() -> None:
+    model = small_model("olmoe", vlm=False, num_experts=NUM_EXPERTS)
+    of_others = [router.forward for router in routers(model)]
+    for router, forward in zip(routers(model), of_others, strict=True):
+        router.forward = forward
+    gate_of(model, bias_std=1.0).detach()
+    assert [vars(router)["forward"] for router in routers(model)] == of_others
+
+
 def test_a_gate_that_does_not_fit_is_refused_in_one_line() -> None:
     model = small_model("olmoe", vlm=False, num_experts=NUM_EXPERTS)
     few_ME = torch.zeros(2, NUM_EXPERTS, dtype=torch.bool)
@@ -304,10 +314,7 @@ def test_the_gradient_reaches_bias_router_and_embeddings(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONE_NAMES)
 def test_the_gradient_of_the_logits_in_float64(backbone: str) -> None:
-    """d/db of sum of the routers' logits squared, where a float64 model computes logits in float64, is 2 sum x W^T + b.
-
-    DeepSeek's routers compute in float32.
-    """
+    """The sum of squared logits has the derivative 2 (x W^T + b), added up over the tokens of b's modality."""
     model = small_model(backbone, vlm=False, num_experts=NUM_EXPERTS, dtype=torch.float64)
     gate = gate_of(model, bias_std=0.5)
     hidden, is_text = drawn_rows(model, 30, 1.0)
@@ -437,8 +444,6 @@ def cut(path: Path) -> None:
 
 def edit(**tensors: torch.Tensor) -> Callable[[Path], None]:
     def change(path: Path) -> None:
-        from safetensors import safe_open
-
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         save_file(tensors, path, metadata=metadata)

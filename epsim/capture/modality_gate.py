@@ -10,6 +10,7 @@ D hidden size, K top-k.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,7 +98,8 @@ class ModalityGate(nn.Module):
         self._check(model)
         self.to(model.device)
         for index, router in enumerate(_routers(model)):
-            router.forward = self._forward_of(index, router, _wider(router, model))
+            before = vars(router).get("forward")
+            router.forward = _GatedForward(self, index, router, _wider(router, model), before)
         self._model = model
         self.start_batch()
 
@@ -105,7 +107,10 @@ class ModalityGate(nn.Module):
         """Give the model its own routers back; without an attached model nothing happens."""
         if self._model is not None:
             for router in _routers(self._model):
+                before = router.forward.before
                 del router.forward
+                if before is not None:
+                    router.forward = before
         self._model = None
         self.start_batch()
 
@@ -168,7 +173,7 @@ class ModalityGate(nn.Module):
     def _check(self, model: MoeModel) -> None:
         if self._model is not None:
             raise InputError(f"{self._where}: is attached to {self._model.name}; detach it first")
-        if any("forward" in vars(router) for router in _routers(model)):
+        if any(isinstance(vars(router).get("forward"), _GatedForward) for router in _routers(model)):
             raise InputError(f"{self._where}: the routers of {model.name} have a gate already; detach that first")
         shape = model.shape
         if (self.num_layers, self.num_experts) != (shape.num_layers, shape.num_experts):
@@ -187,20 +192,16 @@ class ModalityGate(nn.Module):
         if (num_groups := getattr(_routers(model)[0], "num_group", None) or 1) > 1:
             raise InputError(f"{self._where}: masks experts, and {model.name} picks within {num_groups} groups of them")
 
-    def _forward_of(self, index: int, router: nn.Module, wider: nn.Module) -> Callable[[Tensor], Routed]:
-        def forward(hidden_states: Tensor) -> Routed:
-            hidden_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
-            modality_NM = self._modality_NM
-            if modality_NM is None or len(modality_NM) != len(hidden_ND):
-                told = "nothing" if modality_NM is None else f"{len(modality_NM)} rows"
-                raise RuntimeError(f"modality gate: start_pass told of {told}, and a pass of {len(hidden_ND)} runs")
-            wide_NH = torch.cat([hidden_ND, modality_NM.to(hidden_ND.dtype)], 1)
-            logits_NE, weights_NK, picks_NK = functional_call(wider, self._tensors(index, router), (wide_NH,))
-            if self._allowed_NE is not None and not hasattr(router, CORRECTION_BIAS):
-                picks_NK = _without_masked(picks_NK, logits_NE.detach(), self._allowed_NE)
-            return logits_NE, weights_NK, picks_NK
-
-        return forward
+    def _route(self, index: int, router: nn.Module, wider: nn.Module, hidden_ND: Tensor) -> Routed:
+        modality_NM = self._modality_NM
+        if modality_NM is None or len(modality_NM) != len(hidden_ND):
+            told = "nothing" if modality_NM is None else f"{len(modality_NM)} rows"
+            raise RuntimeError(f"modality gate: start_pass told of {told}, and a pass of {len(hidden_ND)} runs")
+        wide_NH = torch.cat([hidden_ND, modality_NM.to(hidden_ND.dtype)], 1)
+        logits_NE, weights_NK, picks_NK = functional_call(wider, self._tensors(index, router), (wide_NH,), strict=True)
+        if self._allowed_NE is not None and not hasattr(router, CORRECTION_BIAS):
+            picks_NK = _without_masked(picks_NK, logits_NE.detach(), self._allowed_NE)
+        return logits_NE, weights_NK, picks_NK
 
     def _tensors(self, index: int, router: nn.Module) -> dict[str, Tensor]:
         """Return the router's weights with two more columns and, for a masked sigmoid, its correction per token.
@@ -220,12 +221,33 @@ class ModalityGate(nn.Module):
         return tensors
 
 
+@dataclass(frozen=True, eq=False)
+class _GatedForward:
+    """What stands in for the forward of a router while a gate is attached.
+
+    Attributes:
+        index: of the router among the MoE layers.
+        wider: a router of the same class for two more input channels, without weights of its own.
+        before: the forward that the instance had of its own, as libraries that place weights give it one; or None.
+    """
+
+    gate: ModalityGate
+    index: int
+    router: nn.Module
+    wider: nn.Module
+    before: Callable[..., Any] | None
+
+    def __call__(self, hidden_states: Tensor) -> Routed:
+        hidden_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.gate._route(self.index, self.router, self.wider, hidden_ND)
+
+
 def _routers(model: MoeModel) -> list[Any]:
     return [model.layers[layer_id].mlp.gate for layer_id in model.layer_ids]
 
 
 def _wider(router: nn.Module, model: MoeModel) -> nn.Module:
-    """Return a router of the same class for two more input channels, without weights of its own."""
+    """Return the router's like for two more input channels; its weights are given with each call."""
     with torch.device("meta"):
         wider: Any = type(router)(model.decoder.config)
     wider.hidden_dim += len(MODALITIES)
