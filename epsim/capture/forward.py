@@ -66,9 +66,10 @@ def run_batch(
         chunk_size: columns of a prefill that are run at once; None for all.
         decode: False to stop after prefill.
     """
-    for watcher in watchers:
+    told = watchers if model.modality_gate is None else (model.modality_gate, *watchers)
+    for watcher in told:
         watcher.start_batch()
-    run = _Run(model, batch, watchers)
+    run = _Run(model, batch, told)
     yield from run.prefill(chunk_size)
     if decode:
         yield from run.decode(eos_token_ids)

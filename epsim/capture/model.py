@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from epsim.errors import InputError
 from epsim.trace.meta import Phase, TraceShape
+
+if TYPE_CHECKING:
+    from epsim.capture.modality_gate import ModalityGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class MoeModel:
         random_weights: the weights were drawn and not trained.
         source: what is needed to get the same model again; goes into the trace.
         folder: of the checkpoint on this disk, with its tokenizer; None if the weights were drawn.
+        modality_gate: attached to the routers, which then must be told of every pass; None for plain routers.
     """
 
     name: str
@@ -58,6 +62,7 @@ class MoeModel:
     random_weights: bool
     source: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    modality_gate: "ModalityGate | None" = None
 
     @property
     def is_vlm(self) -> bool:
@@ -117,7 +122,6 @@ class MoeModel:
         """Ids that greedy decoding must never choose: the image token, which only stands in prompts."""
         return () if self.image_token_id is None else (self.image_token_id,)
 
-    @torch.inference_mode()
     def embed(self, token_ids_BS: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Return the decoder's input [B, S, D]: token embeddings, with image features where image tokens stand.
 

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from epsim.capture.modality_gate import FILE_NAME as MODALITY_GATE
 from epsim.capture.models.deepseek import DeepseekForCausalLM, check_expressible
 from epsim.errors import CapacityError, InputError
 
@@ -52,14 +53,19 @@ class Checkpoint:
     def fingerprint(self) -> dict[str, str]:
         """Return SHA-256 of config.json, and of the weights: names, shapes and the first bytes of every tensor.
 
-        To hash all bytes would take as long as loading them. A tensor that was trained differs from its start.
+        With a modality gate, of that file too. To hash all bytes of the weights would take as long as loading them. A
+        tensor that was trained differs from its start.
         """
         weights = hashlib.sha256()
         for path in weight_files(self.folder):
             weights.update(path.name.encode())
             _hash_tensors(path, weights)
         config = hashlib.sha256((self.folder / "config.json").read_bytes())
-        return {"config_sha256": config.hexdigest(), "weights_sha256": weights.hexdigest()}
+        found = {"config_sha256": config.hexdigest(), "weights_sha256": weights.hexdigest()}
+        gate = self.folder / MODALITY_GATE
+        if gate.is_file():
+            found["modality_gate_sha256"] = hashlib.sha256(gate.read_bytes()).hexdigest()
+        return found
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

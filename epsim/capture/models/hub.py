@@ -13,11 +13,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from epsim.capture.modality_gate import FILE_NAME
 from epsim.capture.models.checkpoint import one_line
 from epsim.errors import InputError
 
 DESCRIPTIONS = ("*.json", "*.jinja", "*.txt", "*.model")
-WEIGHTS = ("model*.safetensors",)
+WEIGHTS = ("model*.safetensors", FILE_NAME)
 TIMEOUT_S = 10.0
 _REFUSALS = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)  # a GatedRepoError is the second
 

@@ -9,6 +9,8 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from epsim.capture.modality_gate import FILE_NAME as MODALITY_GATE
+from epsim.capture.modality_gate import ModalityGate
 from epsim.capture.model import MoeModel
 from epsim.capture.models import deepseek, hub
 from epsim.capture.models.backbones import BACKBONES, backbone_card, text_config
@@ -22,6 +24,8 @@ from epsim.errors import InputError
 def load_model(source: ModelSource) -> MoeModel:
     """Return the model that `source` names, in evaluation mode on its device, its weights without gradients.
 
+    A modality gate in the folder of a checkpoint is attached.
+
     Raises InputError, one line each, for everything that can be wrong with a source, and CapacityError before
     anything is allocated if the weights are larger than what is free on the device.
     """
@@ -33,6 +37,7 @@ def load_model(source: ModelSource) -> MoeModel:
         model = _random(source, dtype, device) if source.random_init is not None else _checkpoint(source, dtype, device)
         model.module.eval().requires_grad_(False)
         _set_experts(model, source.experts_implementation)
+        model = _with_modality_gate(model)
     chosen = {"experts_implementation": model.decoder.config._experts_implementation}
     return replace(model, source={**model.source, **chosen})
 
@@ -88,6 +93,16 @@ def _checkpoint(source: ModelSource, dtype: torch.dtype, device: torch.device) -
         source=where | checkpoint.fingerprint() | _circumstances(dtype, device),
         folder=checkpoint.folder,
     )
+
+
+def _with_modality_gate(model: MoeModel) -> MoeModel:
+    """Return the model with the gate that its checkpoint has, attached; without one, as it is."""
+    if model.folder is None or not (model.folder / MODALITY_GATE).is_file():
+        return model
+    gate = ModalityGate.load(model.folder)
+    gate.eval().requires_grad_(False)
+    gate.attach(model)
+    return replace(model, modality_gate=gate)
 
 
 def _from_hub(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Checkpoint:
