@@ -1,6 +1,5 @@
 """The whole of `epsim train`: from a `TrainSpec` to a folder with a trained model, `train`."""
 
-import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from epsim import __version__
 from epsim.capture.model import MoeModel
+from epsim.capture.models.device import circumstances
 from epsim.capture.models.processor import load_processor
 from epsim.errors import EpsimError
 from epsim.scenario.train import StageSpec, TrainSpec
@@ -201,11 +200,9 @@ class _Run:
             "num_parameters": sum(parameter.numel() for parameter in model.module.parameters()),
             "stages": self._results,
             "ran_on": {
-                "device": platform.machine() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
+                **circumstances(model.dtype, model.device),
                 "threads": torch.get_num_threads(),
                 "epsim": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
             },
         }
 

@@ -17,9 +17,7 @@ def accuracy(model: MoeModel, batches: Iterable[ExampleBatch], watchers: Sequenc
 
     accuracy: a share; standard_error: sqrt(p (1 - p) / n), of a share of n prompts; num_prompts. None without any.
     """
-    right = [
-        run_examples(model, batch.to(model.device), watchers).is_right_B().cpu() for batch in batches
-    ]
+    right = [run_examples(model, batch.to(model.device), watchers).is_right_B().cpu() for batch in batches]
     num = sum(len(is_right_B) for is_right_B in right)
     if not num:
         return {"accuracy": None, "standard_error": None, "num_prompts": 0}

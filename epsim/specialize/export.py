@@ -11,7 +11,7 @@ from epsim.specialize.run_folder import RunFolder
 
 
 def export(model: MoeModel, processor: Processor, method: Method | None, folder: RunFolder) -> None:
-    """Write weights, config, tokenizer, image processor and the method's gate to `folder.model`, whole or not at all."""
+    """Write weights, config, tokenizer, image processor and the method's gate to `folder.model`, whole or not."""
     new = folder.path / f".{folder.model.name}.part"
     shutil.rmtree(new, ignore_errors=True)
     eos_token_id = processor.tokenizer.eos_token_id

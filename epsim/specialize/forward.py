@@ -31,10 +31,15 @@ class Predicted:
     labels_BS: Tensor
 
     def loss(self) -> Tensor:
-        """Return the mean cross-entropy of answer tokens, in nats, a float32 scalar: the language modelling loss."""
-        return F.cross_entropy(
-            self.logits_BSV.flatten(0, 1).float(), self.labels_BS.flatten(), ignore_index=IGNORED, reduction="mean"
+        """Return the cross-entropy in nats, a float32 scalar: the mean over samples of the mean over answer tokens.
+
+        So a long text does not outweigh many short answers.
+        """
+        loss_BS = F.cross_entropy(
+            self.logits_BSV.movedim(-1, 1).float(), self.labels_BS, ignore_index=IGNORED, reduction="none"
         )
+        num_answer_B = (self.labels_BS != IGNORED).sum(dim=1)
+        return (loss_BS.sum(dim=1) / num_answer_B.clamp_min(1)).mean()
 
     def is_right_B(self) -> Tensor:
         """Return bool [B]: greedy decoding would give exactly the answer.

@@ -88,7 +88,7 @@ class TrainingLog:
         return row
 
     def save_experts(self) -> None:
-        """Write `experts.npz`: stage [W], step [W], score [W, L, E] from -1 (vision) to 1 (text), NaN if never picked."""
+        """Write `experts.npz`: stage [W], step [W], score [W, L, E], -1 vision to 1 text, NaN if never picked."""
         if not self._scores:
             return
         stages, steps, scores = zip(*self._scores, strict=True)

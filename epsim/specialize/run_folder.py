@@ -113,7 +113,9 @@ def _spec_of(folder: Path) -> State:
     try:
         loaded = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"--start {folder}: holds no training run ({error.strerror}); write the folder of one") from error
+        raise InputError(
+            f"--start {folder}: holds no training run ({error.strerror}); write the folder of one"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--start {folder}: train.yaml cannot be read; write the folder of another run") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get("stages"), list):
