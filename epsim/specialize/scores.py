@@ -1,7 +1,7 @@
 """Soft modality scores while a model trains: `TrainingScore`, `make_training_score`.
 
-"attention" is that of captures (SMoES eq. 2-4). The Gaussian scores (eq. 5-9, table S5) take in each batch first and then
-score it, as the statistics are "continuously updated from token batches". "hard" is the label (tables 2, S3).
+"attention" is that of captures (SMoES eq. 2-4). The Gaussian scores (eq. 5-9, table S5) take in each batch first and
+then score it, as the statistics are "continuously updated from token batches". "hard" is the label (tables 2, S3).
 
 Shapes: B samples, S columns, T = B S tokens, L MoE layers, D hidden size. A score is the share of text, 0 to 1.
 """

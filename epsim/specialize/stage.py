@@ -67,7 +67,7 @@ class StageRun:
         with memory_errors(self.model.device):
             outcome = self.task.run(self.step)
             objective = outcome.objective
-            objective.backward()
+            torch.autograd.backward(objective)
             norm = nn.utils.clip_grad_norm_(self._trained, self.stage.gradient_clip)
             self._require_finite(objective, norm)
             self._optimizer.step()

@@ -117,7 +117,8 @@ class CellTask:
         side, cell = self._patches_per_side, self._patches_per_side // SIDE
         grid = states.view(len(pixels), SIDE, cell, SIDE, cell, -1)
         assert side == SIDE * cell
-        return grid.mean(dim=(2, 4)).flatten(1, 2)
+        cells_BCD: Tensor = grid.mean(dim=(2, 4)).flatten(1, 2)
+        return cells_BCD
 
 
 def make_task(

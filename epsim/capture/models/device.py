@@ -9,8 +9,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -117,3 +119,13 @@ def quiet() -> Iterator[None]:
         hub.setLevel(hub_level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def circumstances(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What else decides on the figures that come out: as JSON takes it."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

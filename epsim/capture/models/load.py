@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -15,7 +14,7 @@ from epsim.capture.model import MoeModel
 from epsim.capture.models import deepseek, hub
 from epsim.capture.models.backbones import BACKBONES, backbone_card, text_config
 from epsim.capture.models.checkpoint import Checkpoint, load_weights, one_line, open_checkpoint, through_host
-from epsim.capture.models.device import check_memory, quiet, resolve_device, resolve_dtype, weight_bytes
+from epsim.capture.models.device import check_memory, circumstances, quiet, resolve_device, resolve_dtype, weight_bytes
 from epsim.capture.models.random_init import draw_weights, random_config
 from epsim.capture.models.source import ModelSource
 from epsim.errors import InputError
@@ -68,7 +67,7 @@ def _random(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Mo
         name=name,
         module=draw_weights(config, dtype, device, source.seed),
         random_weights=True,
-        source=how | {"seed": source.seed} | _circumstances(dtype, device),
+        source=how | {"seed": source.seed} | circumstances(dtype, device),
     )
 
 
@@ -90,7 +89,7 @@ def _checkpoint(source: ModelSource, dtype: torch.dtype, device: torch.device) -
         name=known_name(checkpoint.config) or Path(source.checkpoint).name,
         module=load_weights(checkpoint, dtype, device),
         random_weights=False,
-        source=where | checkpoint.fingerprint() | _circumstances(dtype, device),
+        source=where | checkpoint.fingerprint() | circumstances(dtype, device),
         folder=checkpoint.folder,
     )
 
@@ -129,16 +128,6 @@ def _needed(config: PreTrainedConfig, dtype: torch.dtype, what: str) -> int:
     module = draw_weights(config, dtype, torch.device("meta"), 0)
     assert MoeModel(name=what, module=module, random_weights=True).layer_ids
     return weight_bytes(module)
-
-
-def _circumstances(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What else decides on the figures that come out: as JSON takes it."""
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def _check_experts(name: str | None) -> None:
