@@ -37,9 +37,9 @@ def count_requests(label: str, num_requests: int) -> Iterator[Callable[[int, int
         nonlocal num_tokens
         num_tokens += tokens
         rate = f"{num_tokens / max(time.monotonic() - start, 1e-9):,.0f}"
-        update(advance=requests, note=f"{rate} tokens/s")
+        update(advance=requests, what=f"requests, {rate} tokens/s")
 
-    with _bar(label, lambda: num_requests, "requests", note="- tokens/s") as update:
+    with _bar(label, lambda: num_requests, "requests, - tokens/s") as update:
         yield advance
 
 
@@ -47,16 +47,17 @@ def count_requests(label: str, num_requests: int) -> Iterator[Callable[[int, int
 def count_steps(label: str, num_steps: int) -> Iterator[Callable[[int, str], None]]:
     """Show a bar of training steps; yields advance(steps done so far, a note such as "loss 1.23")."""
     with _bar(label, lambda: num_steps, "steps") as update:
-        yield lambda step, note: update(completed=step, note=note)
+        yield lambda step, note: update(completed=step, what=f"steps, {note}" if note else "steps")
 
 
 @contextmanager
 def _bar(
-    label: str, count: Callable[[], int] | None, unit: str, *, note: str = "", remaining: bool = True
+    label: str, count: Callable[[], int] | None, what: str, *, remaining: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Show a bar with a note and the time; yields update(advance=, completed=, note=), which does nothing elsewhere.
+    """Show a bar with the time; yields update(advance=, completed=, what=), which does nothing where there is none.
 
     count: how many there are, asked only if the bar is shown; None: not known.
+    what: is counted, and more about it if need be.
     """
     from rich.console import Console
     from rich.progress import (
@@ -76,11 +77,10 @@ def _bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[what]}", markup=False),
         TimeElapsedColumn(),
         *([TimeRemainingColumn()] if remaining else []),
     )
     with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task(label, total=count() if count else None, note=note)
+        task = shown.add_task(label, total=count() if count else None, what=what)
         yield lambda **changes: shown.update(task, **changes)

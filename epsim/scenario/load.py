@@ -105,7 +105,7 @@ def _opened(steps: Sequence[str], name: str) -> dict[str, Any] | None:
 
 _RULES = OverrideRules(
     example="cluster.links[0].bandwidth",
-    fixed=("overrides",),
+    fixed={"overrides": "set the field itself"},
     switches=("parallelism.kind", "placement.policy", "trace.kind"),
     open_name=_opened,
 )

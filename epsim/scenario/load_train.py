@@ -20,7 +20,11 @@ _EXAMPLE = "stages[instruct].steps"
 _FILES = ("data.train", "data.test")
 _FOLDERS = ("model.checkpoint",)  # or a name on a hub
 _HOLDERS = ("data", "model")  # sections in which paths may stand
-_RULES = OverrideRules(example=_EXAMPLE, fixed=("base", "overrides"), switches=("method.kind", *_FOLDERS))
+_RULES = OverrideRules(
+    example=_EXAMPLE,
+    fixed={"base": "write it in a file", "overrides": "set the field itself"},
+    switches=("method.kind", *_FOLDERS),
+)
 
 
 def load_train(path: Path, overrides: Iterable[str] = ()) -> TrainSpec:

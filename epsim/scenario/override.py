@@ -1,7 +1,7 @@
 """Fields of a YAML file that are set by path: `split_override` reads `path=value`, `OverrideRules` puts a value in."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,13 @@ class OverrideRules:
 
     Attributes:
         example: a path, for messages.
-        fixed: top-level keys that only the file itself can say.
+        fixed: top-level keys that only the file itself can say, and what to do instead.
         switches: fields that choose among kinds of a section; another value empties the section first.
         open_name: what stands behind the name of a preset at these steps; None if names there are just text.
     """
 
     example: str
-    fixed: tuple[str, ...]
+    fixed: Mapping[str, str]
     switches: tuple[str, ...]
     open_name: Callable[[Sequence[str], str], dict[str, Any] | None] = lambda steps, name: None
 
@@ -59,7 +59,7 @@ class OverrideRules:
             raise ScenarioError(f"{where}: not a path; write names as in {self.example}")
         steps = re.findall(_STEP, target)
         if steps[0] in self.fixed:
-            raise ScenarioError(f"{where}: {steps[0]} cannot be set; set the field itself")
+            raise ScenarioError(f"{where}: {steps[0]} cannot be set; {self.fixed[steps[0]]}")
         section = raw.get(steps[0])
         is_same = isinstance(section, dict) and section.get(steps[-1]) == value
         if ".".join(steps) in self.switches and not is_same:

@@ -65,7 +65,7 @@ class DrawnModelSpec(StrictModel):
             raise ValueError(f"topk {self.topk} must be at most num_experts {self.num_experts}")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 num_heads = {2 * self.num_heads}")
-        given = [name for name in self._sizes() if getattr(self, name) != type(self).model_fields[name].default]
+        given = [name for name in self._sizes() if name in self.model_fields_set]
         if self.full_size and given:
             raise ValueError(f"full_size true takes all sizes from the model card; leave {', '.join(given)} out")
         return self
