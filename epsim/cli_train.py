@@ -19,7 +19,7 @@ def train(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Change a field, e.g. stages[instruct].steps=300."),
+        typer.Option("--set", metavar="PATH=VALUE", help="Change a field, e.g. stages[0].steps=300."),
     ] = None,
     start: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Take stages that are the same from the folder of another run.")
