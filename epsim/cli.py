@@ -12,6 +12,7 @@ import typer
 from epsim import __version__
 from epsim.cli_calibrate import calibrate
 from epsim.cli_trace import Overrides, ScenarioPath, trace_app
+from epsim.cli_train import train
 from epsim.console import print_in_full, progress
 from epsim.errors import EpsimError, InputError
 
@@ -116,6 +117,7 @@ def compare(
 
 
 app.command()(calibrate)
+app.command()(train)
 
 
 @scenario_app.command()
@@ -131,13 +133,11 @@ def schema() -> None:
 @scenario_app.command()
 def show(scenario: ScenarioPath, overrides: Overrides = None) -> None:
     """Print the scenario with presets, overrides and defaults written out; it is a scenario again."""
-    import yaml
-
     from epsim.scenario import load_scenario
+    from epsim.scenario.yaml_text import dump_yaml
 
     spec = load_scenario(scenario, overrides or ())
-    content = spec.model_dump(mode="json", by_alias=True)
-    typer.echo(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), nl=False)
+    typer.echo(dump_yaml(spec.model_dump(mode="json", by_alias=True)), nl=False)
 
 
 @validate_app.command()

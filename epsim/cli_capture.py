@@ -1,6 +1,5 @@
 """`epsim trace` itself: the options of a capture, its progress bar, and what is said at its end."""
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +8,9 @@ import typer
 
 from epsim.console import count_requests
 from epsim.errors import InputError
+from epsim.interrupt import exit_early, run_to_end
 
 MODEL, REQUESTS, RUN, RECORD = "Model (one of two)", "Requests (one of three)", "How it runs", "What is recorded"
-INTERRUPTED = 128 + signal.SIGINT
 
 
 def option(help_text: str, panel: str, *names: str, **more: Any) -> Any:
@@ -139,34 +138,13 @@ def _say(line: str) -> None:
 
 
 def _run_and_say(output: Path, run: Callable[[], Any]) -> None:
-    """Say what the trace holds; if something ended the capture early, what, and exit with a code that tells.
-
-    SIGTERM, with which schedulers end a job, ends it as Ctrl-C does.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcome = run()
-    except KeyboardInterrupt:
-        _ignore_signals()
-        typer.echo(f"epsim: interrupted before anything was done; {output} is not written", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    """Say what the trace holds; if something ended the capture early, what, and exit with a code that tells."""
+    outcome = run_to_end(run, f"{output} is not written")
     plural = "" if outcome.num_requests == 1 else "s"
     held = f"{outcome.num_requests} request{plural}, {outcome.num_tokens} tokens"
-    if outcome.stopped_by is None:
-        typer.echo(f"wrote {output}: {held}", err=True)
-        return
-    interrupted = isinstance(outcome.stopped_by, KeyboardInterrupt)
-    if interrupted:
-        _ignore_signals()
-    what = "interrupted" if interrupted else " ".join(str(outcome.stopped_by).splitlines())
-    typer.echo(f"epsim: {what}; {output} holds what was done by then: {held}", err=True)
-    raise typer.Exit(INTERRUPTED if interrupted else 2)
-
-
-def _ignore_signals() -> None:
-    """Another interrupt must not spoil the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    if outcome.stopped_by is not None:
+        exit_early(outcome.stopped_by, f"{output} holds what was done by then: {held}")
+    typer.echo(f"wrote {output}: {held}", err=True)
 
 
 def _require_nothing_given(context: typer.Context, *allowed: str) -> None:

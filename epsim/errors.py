@@ -14,7 +14,7 @@ class InputError(EpsimError):
 
 
 class ScenarioError(InputError):
-    """A field of a scenario (or of a cluster or model file that it names) is wrong: edit the YAML."""
+    """A field of a scenario or a training file (or of a file that it names) is wrong: edit the YAML."""
 
 
 class ClusterError(InputError):

@@ -43,9 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specialize": {"atomic", "capture", "model", "scenario", "trace"},
     "__main__": {"cli"},
     "console": set(),
+    "interrupt": set(),
     "cli_calibrate": {"atomic", "calibrate", "console", "report"},
-    "cli_capture": {"capture", "console"},
+    "cli_capture": {"capture", "console", "interrupt"},
     "cli_trace": {"atomic", "cli_capture", "console", "report", "scenario", "trace", "trace_stats", "traces"},
+    "cli_train": {"atomic", "capture", "console", "interrupt", "scenario", "specialize"},
     "cli": {
         "atomic",
         "run",
@@ -57,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "console",
         "cli_calibrate",
         "cli_trace",
+        "cli_train",
     },
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
@@ -73,7 +76,7 @@ HEAVY_AT_HOME = {
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},
     "pydantic": {"scenario", "calibrate"},
-    "typer": {"cli", "cli_calibrate", "cli_capture", "cli_trace", "console"},
+    "typer": {"cli", "cli_calibrate", "cli_capture", "cli_trace", "cli_train", "console", "interrupt"},
     "rich": {"console", "report"},
     "matplotlib": {"report", "validate"},
 }

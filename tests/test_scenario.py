@@ -15,7 +15,11 @@ from epsim.scenario import ScenarioSpec, apply_override, check_scenario, load_ra
 from epsim.scenario.load import preset_names
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(path for path in (ROOT / "scenarios").rglob("*.yaml") if path.name != "parameters.yaml")
+SHIPPED = sorted(
+    path
+    for path in (ROOT / "scenarios").rglob("*.yaml")
+    if path.name != "parameters.yaml" and path.parent.name != "train"
+)
 MINIMAL = {"name": "minimal", "model": "olmoe", "cluster": "orin-2x-10gbe", "trace": {"kind": "uniform"}}
 
 

@@ -94,7 +94,7 @@ def parse_parameters(text: str, name: str) -> tuple[Parameter, ...]:
     try:
         entries = _File.model_validate(raw).parameters
     except ValidationError as error:
-        raise ParameterError(f"{name}: {describe(error, raw)}") from error
+        raise ParameterError(f"{name}: {describe(error, raw, _File)}") from error
     parameters = tuple(_parameter(f"{name}: parameters[{i}]", entry) for i, entry in enumerate(entries))
     fields = [parameter.field for parameter in parameters]
     for i, field in enumerate(fields):

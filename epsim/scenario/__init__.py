@@ -7,8 +7,8 @@ from epsim.scenario.load import (
     load_raw,
     load_scenario,
     scenario_schema,
-    split_override,
 )
+from epsim.scenario.override import split_override
 from epsim.scenario.spec import ScenarioSpec
 
 __all__ = [

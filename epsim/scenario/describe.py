@@ -1,58 +1,62 @@
-"""One line on a mistake in a scenario: `describe` turns pydantic's first error into path, value, rule and mend."""
+"""One line on a mistake in a YAML file: `describe` turns pydantic's first error into path, value, rule and mend."""
 
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-
-from epsim.scenario.spec import ScenarioSpec
 
 Keys = Sequence[str | int]
 
 
-def describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
-    """Return one line on the first mistake that pydantic found in `raw`."""
+def describe(error: ValidationError, raw: Mapping[str, Any], spec: type[BaseModel], noun: str = "scenario") -> str:
+    """Return one line on the first mistake that pydantic found in `raw`.
+
+    spec: what `raw` was held to; its fields are those that the line proposes.
+    noun: what all of `raw` is called where a mistake is in no field.
+    """
     first, *others = error.errors(include_url=False)
-    keys = _real_keys(first["loc"], raw)
+    schema = spec.model_json_schema()
+    keys = _real_keys(first["loc"], raw, schema)
     if first["type"].startswith("union_tag"):
         keys.append(first["ctx"]["discriminator"].strip("'"))
     if first["type"] == "invalid_key":
         keys.pop()
     more = f" (and {len(others)} more)" if others else ""
-    return f"{join(keys) or 'scenario'}: {_rule(first, keys)}{more}"
+    return f"{join(keys) or noun}: {_rule(first, keys, schema)}{more}"
 
 
 def describe_value(error: ValidationError) -> str:
     """Return value, rule and mend of the first mistake in a single value."""
     first, *_ = error.errors(include_url=False)
-    return _rule(first, ())
+    return _rule(first, (), {})
 
 
-def _rule(error: ErrorDetails, keys: Keys) -> str:
+def _rule(error: ErrorDetails, keys: Keys, schema: Mapping[str, Any]) -> str:
     """Return value, rule and mend."""
     given, context = show(error["input"]), error.get("ctx", {})
     match error["type"]:
         case "value_error":
             return str(context["error"])
         case "missing":
-            node = _node_at(error["loc"])
+            node = _node_at(error["loc"], schema)
             example = _mapping_example(node, "")
             choice = f"one of {', '.join(node['enum'])}" if "enum" in node else "it"
             return f"is missing; write {choice}" + (f", e.g. {example}" if example else "")
         case "extra_forbidden":
-            return "is not a known field" + closest(str(keys[-1]), _fields(_node_at(error["loc"][:-1])))
+            return "is not a known field" + closest(str(keys[-1]), _fields(_node_at(error["loc"][:-1], schema)))
         case "literal_error":
             return f"{given} is not known; write {_plain(context['expected'])}"
         case "union_tag_invalid":
             given = show(error["input"].get(keys[-1]))
             return f"{given} is not known; write one of {_plain(context['expected_tags'])}"
         case "union_tag_not_found":
-            return f"is missing; write one of {', '.join(_tags(_node_at(error['loc'])))}"
+            return f"is missing; write one of {', '.join(_tags(_node_at(error['loc'], schema)))}"
         case "dict_type" | "model_type" | "model_attributes_type":
-            example = _mapping_example(_node_at(error["loc"]), error["input"])
+            example = _mapping_example(_node_at(error["loc"], schema), error["input"])
             return f"{given} is not a mapping of fields" + (f"; write e.g. {example}" if example else "")
         case "too_short" | "string_too_short":
             return f"{given} is empty; write at least one " + ("entry" if error["type"] == "too_short" else "character")
@@ -73,10 +77,10 @@ def _type_rule(error: ErrorDetails) -> str:
         case "int_type":
             return f"is not a whole number; write e.g. {_whole(value)}"
         case "float_type" | "finite_number":
-            return "is not a finite number; write e.g. 0.5"
+            return f"is not a finite number; write e.g. {_number(value)}"
         case "bool_type":
             return "is neither true nor false; write one of them, without quotes"
-        case "list_type":
+        case "list_type" | "sequence_str" | "is_instance_of":  # the last two of a Sequence; no field asks for a class
             return "is not a list; " + (
                 f"write e.g. [{value}]" if isinstance(value, int | str) else "write one with [ ]"
             )
@@ -84,6 +88,8 @@ def _type_rule(error: ErrorDetails) -> str:
             return f"is not above {context['gt']:g}; write a larger number"
         case "greater_than_equal":
             return f"is below {context['ge']}; write {context['ge']} or more"
+        case "less_than" if isinstance(context["lt"], float):
+            return f"is not below {context['lt']:g}; write a smaller number"
         case "less_than" | "less_than_equal":
             limit = context.get("le", context.get("lt", 0) - 1)
             limit = int(limit) if limit == int(limit) else limit
@@ -104,17 +110,27 @@ def _whole(value: Any) -> int:
         return 1
 
 
+def _number(value: Any) -> str:
+    """Return how YAML writes the number that was perhaps meant: it reads 2e-5, without a point, as text."""
+    try:
+        number = Decimal(value) if isinstance(value, str) and "e" in value.lower() else None
+    except ArithmeticError:
+        number = None
+    return f"{number:f}" if number is not None and abs(number.adjusted()) < 12 else "0.5"
+
+
 def _plain(names: str) -> str:
     return names.replace("'", "")
 
 
-def _real_keys(location: Keys, raw: Any) -> list[str | int]:
+def _real_keys(location: Keys, raw: Any, schema: Mapping[str, Any]) -> list[str | int]:
     """Drop what pydantic puts among the keys: tags of discriminated unions, and keys that are wrong themselves."""
+    models = schema.get("$defs", {})
     keys: list[str | int] = []
     holder = raw
     for i, key in enumerate(location):
-        is_tag = isinstance(holder, dict) and key not in holder and key in (holder.get("kind"), holder.get("policy"))
-        if is_tag:
+        is_tag = key in models or (isinstance(holder, dict) and key in (holder.get("kind"), holder.get("policy")))
+        if is_tag and not (isinstance(holder, dict) and key in holder):
             continue
         if location[i + 1 : i + 2] == ("[key]",):
             break
@@ -126,13 +142,14 @@ def _real_keys(location: Keys, raw: Any) -> list[str | int]:
     return keys
 
 
-def _node_at(location: Keys) -> dict[str, Any]:
+def _node_at(location: Keys, schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the JSON schema says of the field at a location of pydantic's."""
-    schema = ScenarioSpec.model_json_schema()
-    node: dict[str, Any] = schema
+    node: Any = schema
     for key in location:
         node = _child(node, key, schema)
     node = _resolve(node, schema)
+    if "oneOf" in node and "discriminator" not in node:  # told apart by a function: the first is what is meant
+        return _resolve(node["oneOf"][0], schema)
     options = [_resolve(option, schema) for option in node.get("anyOf", ()) if option != {"type": "null"}]
     return options[0] if len(options) == 1 else node
 
@@ -145,6 +162,8 @@ def _resolve(node: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _child(node: Any, key: str | int, schema: Mapping[str, Any]) -> Any:
     node = _resolve(node, schema)
+    if {"$ref": f"#/$defs/{key}"} in node.get("oneOf", ()):
+        return {"$ref": f"#/$defs/{key}"}
     for option in (node, *(_resolve(option, schema) for option in (*node.get("anyOf", ()), *node.get("oneOf", ())))):
         if "discriminator" in option and key in option["discriminator"]["mapping"]:
             return {"$ref": option["discriminator"]["mapping"][key]}

@@ -10,23 +10,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from epsim.errors import ScenarioError
-from epsim.scenario.describe import describe, did_you_mean, join, show
+from epsim.scenario.check import validated
+from epsim.scenario.describe import did_you_mean
 from epsim.scenario.model import ModelSpec
+from epsim.scenario.override import OverrideRules, own_overrides, split_override
 from epsim.scenario.spec import ScenarioSpec
-from epsim.scenario.yaml_text import parse_yaml
+from epsim.scenario.yaml_text import parse_yaml, read_mapping
 
 _PRESET_FOLDERS = {"model": "models", "cluster": "clusters", "device_types": "devices"}
 _SECTIONS = ("model", "cluster")
-_SWITCHES = ("parallelism.kind", "placement.policy", "trace.kind")
 _PATHS = ("trace.path", "placement.path")
 _SYNTHETIC_KINDS = ("uniform", "zipf", "published")
 _HOLDERS = ("trace", "placement", "cluster", "cluster.device_types")  # sections in which paths may stand
 _DEVICE_TYPE = re.compile(r"cluster\.device_types\.[^.]+")
-_STEP = r"[^.\[\]]+"
-_TARGET = re.compile(rf"{_STEP}(\.{_STEP}|\[{_STEP}\])*")
 
 
 def load_scenario(path: Path, overrides: Iterable[str] = ()) -> ScenarioSpec:
@@ -39,13 +36,8 @@ def load_scenario(path: Path, overrides: Iterable[str] = ()) -> ScenarioSpec:
 
 def load_raw(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Return the mapping of a scenario file with its own and the given overrides applied, not yet checked."""
-    written = _read_yaml(path, "scenario")
-    own = written.pop("overrides", None) or {}
-    if not isinstance(own, dict):
-        raise ScenarioError(
-            f"overrides: {show(own)} is not a mapping of paths to values; "
-            'write e.g. {"cluster.links[0].bandwidth": 25 Gbit/s}'
-        )
+    written = read_mapping(path, "scenario")
+    own = own_overrides(written, '"cluster.links[0].bandwidth": 25 Gbit/s')
     raw = {key: _anchored(key, value, path.parent) for key, value in written.items()}
     for target, value in own.items():
         apply_override(raw, str(target), _anchored(target, value, path.parent), origin="overrides")
@@ -66,12 +58,7 @@ def check_scenario(raw: dict[str, Any]) -> ScenarioSpec:
         if path.name in _SYNTHETIC_KINDS and not path.exists():
             raise ScenarioError(f'trace: "{path.name}" is not a file; write {{kind: {path.name}}} for such a trace')
         raw["trace"] = {"kind": "file", "path": raw["trace"]}
-    try:
-        return ScenarioSpec.model_validate(raw)
-    except ValidationError as error:
-        raise ScenarioError(describe(error, raw)) from error
-    except UnicodeEncodeError as error:
-        raise ScenarioError("scenario: a text holds half a character (a lone surrogate); write it out") from error
+    return validated(ScenarioSpec, raw)
 
 
 def scenario_schema() -> dict[str, Any]:
@@ -89,11 +76,7 @@ def scenario_schema() -> dict[str, Any]:
 
 def load_model(name: str, where: str = "model") -> ModelSpec:
     """Return the model behind a preset name or a path to a YAML file; `where` is what messages call it."""
-    raw = _load_preset("model", name, where)
-    try:
-        return ModelSpec.model_validate(raw)
-    except ValidationError as error:
-        raise ScenarioError(describe(error, raw)) from error
+    return validated(ModelSpec, _load_preset("model", name, where), "model")
 
 
 def preset_names(section: str) -> list[str]:
@@ -102,89 +85,36 @@ def preset_names(section: str) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def split_override(text: str) -> tuple[str, Any]:
-    """Return path and value of a `path=value` override; the value is read as YAML.
-
-    >>> split_override("workload.batch_sizes=[1, 8]")
-    ('workload.batch_sizes', [1, 8])
-    """
-    target, equals, value = text.partition("=")
-    if not equals or not target.strip():
-        raise ScenarioError(f'--set "{text}": write path=value, e.g. transmission.mode=async')
-    try:
-        return target.strip(), parse_yaml(value)
-    except ValueError as error:
-        raise ScenarioError(f'--set "{text}": the value is not YAML ({error}); write it as in a file') from error
-
-
 def apply_override(raw: dict[str, Any], target: str, value: Any, origin: str = "--set") -> None:
     """Set one field of a raw scenario, in place; list entries go by index or by their `name`: `links[ethernet]`.
 
     Another placement policy or kind of trace or parallelism starts afresh: the old one's own fields do not outlive it.
     origin: where the override stands, for messages.
     """
-    where = f'{origin} "{target}"'
-    if not _TARGET.fullmatch(target):
-        raise ScenarioError(f"{where}: not a path; write names as in cluster.links[0].bandwidth")
-    steps = re.findall(_STEP, target)
-    if steps[0] == "overrides":
-        raise ScenarioError(f'{origin} "{target}": overrides cannot be set; set the field itself')
-    section = raw.get(steps[0])
-    if target in _SWITCHES and not (isinstance(section, dict) and section.get(steps[1]) == value):
-        raw[steps[0]] = {}
-    holder: Any = raw
-    for depth, step in enumerate(steps[:-1]):
-        key = _find(holder, steps[: depth + 1], where)
-        if isinstance(holder, dict) and isinstance(holder.get(key), str):
-            if depth == 0 and step in _SECTIONS:
-                holder[key] = _load_preset(step, holder[key], step)
-            elif depth == 2 and steps[:2] == ["cluster", "device_types"]:
-                holder[key] = _load_preset("device_types", holder[key], ".".join(steps[:3]))
-        if isinstance(holder, dict) and holder.get(key) is None:
-            holder[key] = {}
-        holder = holder[key]
-    holder[_find(holder, steps, where)] = value
+    _RULES.set_field(raw, target, value, origin)
 
 
-def _find(holder: Any, steps: Sequence[str], where: str) -> Any:
-    """Return the key or index that the last of the steps means in a mapping or a list."""
-    step = steps[-1]
-    if isinstance(holder, dict):
-        return step
-    if not isinstance(holder, list):
-        field = join([int(key) if key.isdecimal() else key for key in steps[:-1]])
-        raise ScenarioError(f"{where}: {field} is {show(holder)}, which has no fields; write {field}=...")
-    if step.isdecimal() and int(step) < len(holder):
-        return int(step)
-    names = [entry.get("name") if isinstance(entry, dict) else None for entry in holder]
-    if step in names:
-        return names.index(step)
-    if not holder:
-        raise ScenarioError(f"{where}: the list is empty; write all of it")
-    known = ", ".join(["0" if len(holder) == 1 else f"0 to {len(holder) - 1}", *(str(n) for n in names if n)])
-    raise ScenarioError(f"{where}: there is no entry {step}; write one of {known}")
+def _opened(steps: Sequence[str], name: str) -> dict[str, Any] | None:
+    """Return the preset or file that a name at a path stands for, if one can stand there."""
+    if len(steps) == 1 and steps[0] in _SECTIONS:
+        return _load_preset(steps[0], name, steps[0])
+    if len(steps) == 3 and list(steps[:2]) == ["cluster", "device_types"]:
+        return _load_preset("device_types", name, ".".join(steps))
+    return None
 
 
-def _read_yaml(path: Path, noun: str) -> dict[str, Any]:
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ScenarioError(f"{path}: cannot be read: {error.strerror}; write the path of a {noun} file") from error
-    except UnicodeDecodeError as error:
-        raise ScenarioError(f"{path}: not a text file in UTF-8; write the path of a {noun} file in YAML") from error
-    except ValueError as error:
-        raise ScenarioError(f"{path}: not valid YAML: {error}") from error
-    if content is None:
-        raise ScenarioError(f"{path}: the file is empty; write the fields of a {noun}")
-    if not isinstance(content, dict):
-        raise ScenarioError(f"{path}: {show(content)} is not a mapping; write the fields of a {noun}")
-    return content
+_RULES = OverrideRules(
+    example="cluster.links[0].bandwidth",
+    fixed={"overrides": "set the field itself"},
+    switches=("parallelism.kind", "placement.policy", "trace.kind"),
+    open_name=_opened,
+)
 
 
 def _load_preset(section: str, name: str, where: str) -> dict[str, Any]:
     """Return the mapping behind a preset name or a path to a YAML file; `where` is the field that holds the name."""
     if name.endswith((".yaml", ".yml")):
-        content = _read_yaml(Path(name), section)
+        content = read_mapping(Path(name), section)
         return {key: _anchored(f"{section}.{key}", value, Path(name).parent) for key, value in content.items()}
     known = preset_names(section)
     if name not in known:

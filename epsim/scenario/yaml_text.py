@@ -1,10 +1,17 @@
-"""YAML as epsim reads it: `parse_yaml`. A key that is there twice is an error, and a date is text."""
+"""YAML as epsim reads it, `parse_yaml` and `read_mapping`, and writes it, `dump_yaml`.
+
+A key that is there twice is an error, and a date is text.
+"""
 
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
+
+from epsim.errors import ScenarioError
+from epsim.scenario.describe import show
 
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -48,3 +55,31 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("a number cannot be read; put it in quotes if it is text") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_mapping(path: Path, noun: str, where: str = "") -> dict[str, Any]:
+    """Return the mapping that a YAML file holds, or raise ScenarioError.
+
+    noun: what the file is, for messages.
+    where: put before the path in messages: the field that names it.
+    """
+    name = f"{where}{path}"
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ScenarioError(f"{name}: cannot be read: {error.strerror}; write the path of a {noun} file") from error
+    except UnicodeDecodeError as error:
+        raise ScenarioError(f"{name}: not a text file in UTF-8; write the path of a {noun} file in YAML") from error
+    except ValueError as error:
+        raise ScenarioError(f"{name}: not valid YAML: {error}") from error
+    if content is None:
+        raise ScenarioError(f"{name}: the file is empty; write the fields of a {noun}")
+    if not isinstance(content, dict):
+        raise ScenarioError(f"{name}: {show(content)} is not a mapping; write the fields of a {noun}")
+    return content
+
+
+def dump_yaml(content: Any) -> str:
+    """Return content as YAML, keys in their order."""
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+    return text

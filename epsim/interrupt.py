@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM during a command that takes hours: `run_to_end`, `exit_early`."""
+
+import signal
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import typer
+
+Outcome = TypeVar("Outcome")
+INTERRUPTED = 128 + signal.SIGINT  # the exit code
+
+
+def run_to_end(run: Callable[[], Outcome], nothing: str) -> Outcome:
+    """Return what `run` returns; if it is interrupted before it can return, say `nothing` and exit.
+
+    SIGTERM, with which schedulers end a job, ends it as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run()
+    except KeyboardInterrupt:
+        _ignore_signals()
+        typer.echo(f"epsim: interrupted before anything was done; {nothing}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def exit_early(stopped_by: BaseException, rest: str) -> NoReturn:
+    """Say in one line what ended a run before its end, and `rest`; exit with a code that tells which it was."""
+    interrupted = isinstance(stopped_by, KeyboardInterrupt)
+    if interrupted:
+        _ignore_signals()
+    what = "interrupted" if interrupted else " ".join(str(stopped_by).splitlines())
+    typer.echo(f"epsim: {what}; {rest}", err=True)
+    raise typer.Exit(INTERRUPTED if interrupted else 2)
+
+
+def _ignore_signals() -> None:
+    """Another interrupt must not spoil the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
