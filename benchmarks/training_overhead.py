@@ -14,7 +14,8 @@ A step is that of `epsim train`: forward, backward, clipping, AdamW, of projecto
 CUDA under autocast to bfloat16. Its batch is always the same, so that encoding prompts is not timed. The variants take
 turns within each repetition, each with an optimizer of its own; a block's first step is not counted. What is printed is
 the median over repetitions of the median step of a block, and of its ratio to the baseline of the same repetition. On
-CUDA the peak is that of what torch allocated, on the CPU that of the process' resident memory.
+CUDA a step is wall time and the peak that of what torch allocated; on the CPU processor time of all threads, and the
+peak of resident memory.
 """
 
 import argparse
@@ -153,11 +154,12 @@ def training_spec(method: dict[str, Any]) -> TrainSpec:
     return TrainSpec.model_validate({"name": "overhead", "model": model, "method": method, "stages": [stage]})
 
 
-def synchronize(device: torch.device) -> float:
-    """Wait for the device and return the time."""
+def now(device: torch.device) -> float:
+    """Wait for the device and return the time; on the CPU that of the process alone, for other work is beside it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def forget_peak(device: torch.device) -> None:
@@ -192,9 +194,9 @@ def run_block(model: MoeModel, method: dict[str, Any], batch: ExampleBatch, num_
     times = []
     with StageRun(spec, 0, model, OneBatch(batch), own) as run:  # type: ignore[arg-type]
         for _ in range(num_steps + 1):
-            began = synchronize(model.device)
+            began = now(model.device)
             run.advance()
-            times.append(synchronize(model.device) - began)
+            times.append(now(model.device) - began)
         return Block(statistics.median(times[1:]), peak_bytes(model.device), count_numbers(own.state_dict()))
 
 
@@ -256,7 +258,7 @@ def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reduced", action="store_true", help="256 wide, 64 vision tokens")
-    parser.add_argument("--layers", type=int, default=4, help="weights, gradients and AdamW: 6.5 GB each at 64 experts")
+    parser.add_argument("--layers", type=int, default=4, help="weights, gradients and AdamW: 6.7 GB each at 64 experts")
     parser.add_argument("--experts", type=int, nargs="+", default=[64], help="of a layer")
     parser.add_argument("--text-tokens", type=int, help="128; 32 with --reduced")
     parser.add_argument("--device", default="auto")
