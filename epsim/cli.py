@@ -11,6 +11,7 @@ import typer
 
 from epsim import __version__
 from epsim.cli_calibrate import calibrate
+from epsim.cli_study import study_app
 from epsim.cli_trace import Overrides, ScenarioPath, trace_app
 from epsim.cli_train import train
 from epsim.console import print_in_full, progress
@@ -28,6 +29,7 @@ scenario_app = typer.Typer(name="scenario", help="Look at scenarios.", no_args_i
 validate_app = typer.Typer(name="validate", help="Hold predictions to published measurements.", no_args_is_help=True)
 app.add_typer(scenario_app)
 app.add_typer(trace_app)
+app.add_typer(study_app)
 app.add_typer(validate_app)
 
 

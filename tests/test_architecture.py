@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": {"run", "scenario"},
     "calibrate": {"atomic", "batch", "cluster", "model", "run", "scenario"},
     "validate": {"atomic", "batch", "calibrate", "metrics", "report", "run", "scenario", "trace"},
+    "study": {"atomic", "metrics", "report", "run", "scenario", "trace", "trace_stats", "validate"},
     "trace_stats": {"metrics", "placement", "trace", "traffic"},
     "warm_up": {"run", "scenario"},
     "capture": {"atomic", "model", "scenario", "trace"},
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interrupt": set(),
     "cli_calibrate": {"atomic", "calibrate", "console", "report"},
     "cli_capture": {"capture", "console", "interrupt"},
+    "cli_study": {"atomic", "console", "interrupt", "report", "study"},
     "cli_trace": {"atomic", "cli_capture", "console", "report", "scenario", "trace", "trace_stats", "traces"},
     "cli_train": {"atomic", "capture", "console", "interrupt", "scenario", "specialize"},
     "cli": {
@@ -58,6 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "validate",
         "console",
         "cli_calibrate",
+        "cli_study",
         "cli_trace",
         "cli_train",
     },
@@ -76,7 +79,7 @@ HEAVY_AT_HOME = {
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},
     "pydantic": {"scenario", "calibrate"},
-    "typer": {"cli", "cli_calibrate", "cli_capture", "cli_trace", "cli_train", "console", "interrupt"},
+    "typer": {"cli", "cli_calibrate", "cli_capture", "cli_study", "cli_trace", "cli_train", "console", "interrupt"},
     "rich": {"console", "report"},
     "matplotlib": {"report", "validate"},
 }
