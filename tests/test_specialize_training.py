@@ -1,4 +1,4 @@
-"""Training runs: same losses after a break, what ends one early, what a run leaves, and that methods do what they are for."""
+"""Training runs: same losses after a break, what ends one early, and what a run leaves."""
 
 import csv
 import json

@@ -1,6 +1,7 @@
 """One stage of training: `StageRun`, a step at a time, with a state that it can go on from to the bit."""
 
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from epsim.capture.model import MoeModel
 from epsim.capture.models.device import memory_errors
 from epsim.errors import EpsimError
 from epsim.scenario.train import StageSpec, TrainSpec
+from epsim.specialize.autocast import autocast_experts
 from epsim.specialize.log import Window
 from epsim.specialize.methods import Method, trained_parameters
 from epsim.specialize.observer import GateObserver
@@ -42,21 +44,35 @@ class StageRun:
         self._observer = GateObserver(model)
         self.task: Task = make_task(spec, index, model, source, self._observer, method)
 
-    def __enter__(self) -> "StageRun":
-        self._observer.attach()
-        if self.method is not None:
-            self.method.attach(self.model)
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.callback(self._leave)
+            self._observer.attach()
+            if self.method is not None:
+                self.method.attach(self.model)
+            stack.enter_context(autocast_experts(self.model))
+            self._prepare()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _prepare(self) -> None:
         self._trained = self._set_trained()
         stage = self.stage
         self._optimizer = torch.optim.AdamW(
-            self._trained, lr=stage.learning_rate, betas=BETAS, weight_decay=stage.weight_decay
+            self._trained,
+            lr=stage.learning_rate,
+            betas=BETAS,
+            weight_decay=stage.weight_decay,
+            fused=self.model.device.type == "cuda",
         )
         warmup = round(stage.warmup_frac * stage.steps)
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, stage.steps)
         self.model.module.train()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _leave(self) -> None:
         self.model.module.eval().requires_grad_(False)
         self._observer.detach()
         if self.method is not None:
