@@ -86,14 +86,14 @@ def test_shipped_methods() -> None:
     smoes = {name: spec.method for name, spec in specs.items() if isinstance(spec.method, SmoesSpec)}
     assert {name: (m.objective, m.score, m.weight, m.binning) for name, m in smoes.items()} == {
         "binning": ("none", "attention", 0.0001, "adaptive"),
-        "attention": ("mutual_information", "attention", 0.03, "adaptive"),
-        "attention-fixed": ("mutual_information", "attention", 0.03, "fixed"),
+        "attention": ("mutual_information", "attention", 0.3, "adaptive"),
+        "attention-fixed": ("mutual_information", "attention", 0.3, "fixed"),
         "gaussian": ("mutual_information", "gaussian", 0.3, "adaptive"),
         "gmm2": ("mutual_information", "gmm2", 0.3, "adaptive"),
-        "hard-score": ("mutual_information", "hard", 0.03, "adaptive"),
-        "kl": ("kl", "attention", 0.03, "adaptive"),
+        "hard-score": ("mutual_information", "hard", 0.3, "adaptive"),
+        "kl": ("kl", "attention", 0.1, "adaptive"),
         "olmoe-full": ("mutual_information", "attention", 0.0001, "adaptive"),
-        "tiny": ("mutual_information", "attention", 0.03, "adaptive"),
+        "tiny": ("mutual_information", "attention", 0.3, "adaptive"),
     }
     parts = {name: spec.method for name, spec in specs.items() if isinstance(spec.method, PartitionSpec)}
     assert {name: (m.text_experts, m.vision_experts, m.shared_experts) for name, m in parts.items()} == {
@@ -164,14 +164,16 @@ def test_paths_are_relative_to_the_file_they_stand_in(tmp_path: Path, monkeypatc
     spec = load_train(Path("mine/b.yaml"))
     assert spec.model == CheckpointSpec(checkpoint="llava")  # a name: there is no such folder
     assert spec.data.train is not None
-    assert spec.data.test == "mine/c.jsonl"
+    assert spec.data.test == str(tmp_path / "mine" / "c.jsonl")
     assert Path(spec.data.train).samefile("shared/a.jsonl")
 
     (tmp_path / "shared" / "llava").mkdir()
     found = load_train(path).model
     assert isinstance(found, CheckpointSpec)
     assert Path(found.checkpoint).samefile("shared/llava")
-    assert load_train(path, ["data.train=b.jsonl"]).data.train == "b.jsonl"  # relative to where the command runs
+    assert load_train(path, ["data.train=b.jsonl"]).data.train == str(
+        tmp_path / "b.jsonl"
+    )  # relative to where the command runs
 
 
 def test_a_full_size_model_has_no_sizes_of_its_own(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from epsim.errors import ScenarioError
 from epsim.scenario.check import validated
 from epsim.scenario.describe import closest, show
 from epsim.scenario.override import OverrideRules, own_overrides, split_override
-from epsim.scenario.train import TrainSpec
+from epsim.scenario.train import CheckpointSpec, TrainSpec
 from epsim.scenario.yaml_text import dump_yaml, read_mapping
 
 _NOUN = "training"
@@ -40,15 +40,24 @@ def load_train(path: Path, overrides: Iterable[str] = ()) -> TrainSpec:
     for name, file in (("data.train", spec.data.train), ("data.test", spec.data.test)):
         if file is not None and not Path(file).is_file():
             raise ScenarioError(f"{name}: {show(file)} is not a file; write the path of prompts with answers (JSONL)")
-    return spec
+    return _absolute(spec)
 
 
 def train_yaml(spec: TrainSpec) -> str:
     """Return a training file that says the same with its base, overrides and defaults written out.
 
-    Paths in it are as seen from the working directory.
+    Paths in it are absolute, so that it says the same wherever it lies.
     """
     return dump_yaml(spec.model_dump(mode="json"))
+
+
+def _absolute(spec: TrainSpec) -> TrainSpec:
+    """Return the run with absolute paths."""
+    files = {name: str(Path(file).resolve()) for name in ("train", "test") if (file := getattr(spec.data, name))}
+    changed: dict[str, Any] = {"data": spec.data.model_copy(update=files)}
+    if isinstance(spec.model, CheckpointSpec) and Path(spec.model.checkpoint).is_dir():
+        changed["model"] = CheckpointSpec(checkpoint=str(Path(spec.model.checkpoint).resolve()))
+    return spec.model_copy(update=changed)
 
 
 def _with_base(path: Path, above: tuple[Path, ...], where: str = "") -> dict[str, Any]:

@@ -227,7 +227,7 @@ class TrainSpec(StrictModel):
 
     @model_validator(mode="after")
     def _method_acts(self) -> Self:
-        if isinstance(self.method, SmoesSpec | SmarSpec) and not any(stage.specialize for stage in self.stages):
+        if not isinstance(self.method, SoftSpec) and not any(stage.specialize for stage in self.stages):
             raise ValueError(
                 f"method {self.method.kind} acts in stages with specialize: true, and there is none; write it into one"
             )

@@ -15,6 +15,7 @@ import yaml
 
 from epsim.atomic import check_folder, whole_file, write_errors
 from epsim.errors import InputError
+from epsim.scenario.load_train import train_yaml
 from epsim.scenario.train import TrainSpec
 
 State = dict[str, Any]
@@ -48,9 +49,8 @@ class RunFolder:
             raise InputError(f"-o {self.path}: holds a training run; write --resume to go on with it, or name another")
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
         with whole_file(self.path / "train.yaml") as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(train_yaml(spec), encoding="utf-8")
 
     def resume(self, spec: TrainSpec) -> State:
         """Return the state to go on from. Raises InputError if there is none, or it is of another run."""
