@@ -13,6 +13,7 @@ from epsim.trace.file import TraceFile
 
 NUM_REQUESTS = 64  # of a trace
 SCORES = "attention,gaussian"
+DEFAULTS = {"config": "scenarios/train", "scenario": "scenarios/digits.yaml"}  # of the command's options
 
 
 class StudyFolder:

@@ -145,11 +145,9 @@ def times_table(summary: Summary) -> str:
 
 
 def _time_changes(summary: Summary, method: str, setting: str) -> list[str]:
-    return [
-        written(summary.against_baseline(method, time(setting, size, metric), time(BASELINE, size, metric)), 1, 100)
-        for metric in METRICS
-        for size in BATCH_SIZES
-    ]
+    cells = [(size, metric) for metric in METRICS for size in BATCH_SIZES]
+    changes = (summary.against_baseline(method, time(setting, *cell), time(BASELINE, *cell)) for cell in cells)
+    return [written(change, 1, 100, "+") for change in changes]
 
 
 def times_paper_table() -> str:
@@ -190,7 +188,7 @@ def table_rows(summary: Summary) -> list[Sequence[str]]:
                 written(summary.over_seeds(method, msi), 3),
                 *(written(summary.over_seeds(method, accuracy_of(kind)), 1, 100) for kind in ("image", "text")),
                 *(written(summary.over_seeds(method, read), 1, 100) for read in ratios),
-                *(written(change, 1, 100) for change in changes),
+                *(written(change, 1, 100, "+") for change in changes),
             )
         )
     return rows
