@@ -128,6 +128,7 @@ class StageSpec(StrictModel):
 
     task: "cells", digit and ink of each cell of a scene from the vision encoder alone; "text", prompts without images;
     "multimodal", prompts with images, and a share `text_only` without.
+    balance_weight: of load balance over all experts (SMoES eq. 1) where the method is not in place.
     specialize: the method is in place: its losses, and its masks of experts or biases.
     """
 
@@ -141,6 +142,7 @@ class StageSpec(StrictModel):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     text_only: Share = 0.2
+    balance_weight: Weight = 0.0
     specialize: bool = False
 
     @model_validator(mode="after")

@@ -89,6 +89,7 @@ class _Run:
         self._method: Method | None = None
         self._results: dict[str, Any] = {}
         self._pending: State | None = None
+        self._steps_under_way = 0
 
     def all_stages(self) -> TrainOutcome:
         stopped_by: KeyboardInterrupt | EpsimError | None = None
@@ -102,7 +103,7 @@ class _Run:
                 self._finish()
         except (KeyboardInterrupt, EpsimError) as error:
             stopped_by = error
-        num_steps = sum(result["steps"] for result in self._results.values())
+        num_steps = sum(result["steps"] for result in self._results.values()) + self._steps_under_way
         return TrainOutcome(
             num_steps=num_steps, folder=self._files.path, stopped_by=stopped_by, lines=self._lines(stopped_by)
         )
@@ -134,7 +135,7 @@ class _Run:
                 run.load_state_dict(self._pending["stage"])
                 self._pending = None
             self._steps(run, advance, raise_if_asked)
-            self._results[stage.name] = self._result(run)
+            self._results[stage.name], self._steps_under_way = self._result(run), 0
         self._save_stage(stage)
 
     def _steps(self, run: StageRun, advance: Callable[[int, str], None], raise_if_asked: Callable[[], None]) -> None:
@@ -145,6 +146,7 @@ class _Run:
                 raise_if_asked()
                 began = time.monotonic()
                 run.advance()
+                self._steps_under_way = run.step
                 run.seconds += time.monotonic() - began
                 if run.step % spec.log_every == 0 or run.step == stage.steps:
                     row = self._log.add(

@@ -69,7 +69,7 @@ class StageRun:
             objective = outcome.objective
             torch.autograd.backward(objective)
             norm = nn.utils.clip_grad_norm_(self._trained, self.stage.gradient_clip)
-            self._require_finite(objective, norm)
+            self._require_finite(objective.detach(), norm)
             self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from epsim.capture.model import MoeModel
 from epsim.errors import InputError
 from epsim.scenario.train import TrainSpec
+from epsim.specialize.balance import load_balance
 from epsim.specialize.bins import count_picks
 from epsim.specialize.forward import run_examples
 from epsim.specialize.methods import Method, Term
 from epsim.specialize.observer import GateObserver
+from epsim.specialize.routed import RoutedPass
 from epsim.specialize.source import ExampleSource
 
 SIDE = 2  # of the scenes that are learnt
@@ -60,9 +62,16 @@ class AnswerTask:
     """Answers to prompts, with or without images: language modelling of the answer's tokens."""
 
     def __init__(
-        self, model: MoeModel, stage_index: int, source: ExampleSource, observer: GateObserver, method: Method | None
+        self,
+        spec: TrainSpec,
+        stage_index: int,
+        model: MoeModel,
+        source: ExampleSource,
+        observer: GateObserver,
+        method: Method | None,
     ) -> None:
         self.head: nn.Module = nn.Module()
+        self._stage = spec.stages[stage_index]
         self._model, self._stage_index, self._source = model, stage_index, source
         self._observer, self._method = observer, method
         self._watchers = (observer, *(method.watchers if method else ()))
@@ -75,9 +84,14 @@ class AnswerTask:
         return StepOutcome(
             loss=predicted.loss(),
             is_right_B=predicted.is_right_B(),
-            terms=self._method.terms(routed) if self._method else {},
+            terms=self._method.terms(routed) if self._method else self._plain_terms(routed),
             picks_LME=count_picks(routed),
         )
+
+    def _plain_terms(self, routed: RoutedPass) -> Mapping[str, Term]:
+        if not self._stage.balance_weight:
+            return {}
+        return {"balance": Term(weight=self._stage.balance_weight, value=load_balance(routed))}
 
 
 class CellTask:
@@ -132,4 +146,4 @@ def make_task(
     """Return the task of a stage."""
     if spec.stages[stage_index].task == "cells":
         return CellTask(model, stage_index, source, spec.seed)
-    return AnswerTask(model, stage_index, source, observer, method)
+    return AnswerTask(spec, stage_index, model, source, observer, method)

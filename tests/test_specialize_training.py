@@ -1,0 +1,222 @@
+"""Training runs: same losses after a break, what ends one early, what a run leaves, and that methods do what they are for."""
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from epsim.capture.models.load import load_model
+from epsim.capture.models.source import ModelSource
+from epsim.errors import InputError
+from epsim.scenario.load_train import load_train
+from epsim.scenario.train import TrainSpec
+from epsim.specialize import command
+from epsim.specialize.command import TrainOutcome, train
+from epsim.specialize.run_folder import read_state
+
+TRAIN = Path(__file__).parent.parent / "scenarios" / "train"
+SMALL = (
+    "model.num_layers=2", "model.hidden_size=32", "model.num_experts=8", "model.topk=2", "model.expert_ffn_size=16",
+    "data.num_test=8", "data.num_test_text=4", "stages[vision].steps=2", "stages[text].steps=4",
+    "stages[align].steps=2", "stages[instruct].steps=6", "log_every=2", "checkpoint_every=3",
+    "stages[vision].batch_size=4", "stages[text].batch_size=4", "stages[align].batch_size=4",
+    "stages[instruct].batch_size=4",
+)  # fmt: skip
+METHODS = {
+    "soft": "{kind: soft}",
+    "binning": "{kind: smoes, objective: none, num_bins: 4}",
+    "attention": "{kind: smoes, weight: 0.1, num_bins: 4}",
+    "gaussian": "{kind: smoes, score: gaussian, weight: 0.1, num_bins: 4}",
+    "gmm2": "{kind: smoes, score: gmm2, weight: 0.1, num_bins: 4}",
+    "hard-score": "{kind: smoes, score: hard, weight: 0.1, num_bins: 4}",
+    "kl": "{kind: smoes, objective: kl, weight: 0.1, num_bins: 4}",
+    "smar": "{kind: smar, weight: 0.1}",
+    "partition": "{kind: partition, text_experts: 3, vision_experts: 3, shared_experts: 2}",
+}
+
+
+def small_spec(*more: str, method: str = METHODS["soft"]) -> TrainSpec:
+    return load_train(TRAIN / "digits.yaml", [*SMALL, f"method={method}", *more])
+
+
+@contextmanager
+def no_bar(label: str, num_steps: int) -> Iterator[Callable[[int, str], None]]:
+    yield lambda step, note: None
+
+
+def run(spec: TrainSpec, folder: Path, **options: Any) -> TrainOutcome:
+    return train(spec, folder, device="cpu", num_threads=1, count=no_bar, say=lambda line: None, **options)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Return the log without the column that holds time."""
+    with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(read_state(folder / "stage-instruct.pt")["weights"])
+
+
+class StopAt:
+    """A bar that interrupts, as Ctrl-C would, when a stage has done so many steps."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        self._stage, self._step = stage, step
+
+    @contextmanager
+    def __call__(self, label: str, num_steps: int) -> Iterator[Callable[[int, str], None]]:
+        def advance(step: int, note: str) -> None:
+            if label == self._stage and step >= self._step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield advance
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(tmp_path: Path, method: str) -> None:
+    spec = small_spec(method=METHODS[method])
+    whole = run(spec, tmp_path / "whole")
+    assert whole.stopped_by is None
+    stopped = train(
+        spec, tmp_path / "cut", device="cpu", num_threads=1, count=StopAt("instruct", 2), say=lambda line: None
+    )
+    assert isinstance(stopped.stopped_by, KeyboardInterrupt)
+    assert not (tmp_path / "cut" / "results.json").exists()
+    assert run(spec, tmp_path / "cut", resume=True).stopped_by is None
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert np.array_equal(
+        np.load(tmp_path / "cut" / "experts.npz")["score_WLE"],
+        np.load(tmp_path / "whole" / "experts.npz")["score_WLE"],
+        equal_nan=True,
+    )
+
+
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 5 of instruct, checkpoint_every 3: step 4 and 5 are made again, and logged once."""
+    spec = small_spec()
+    run(spec, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(command.RunFolder, "save_results", lambda *args: pytest.fail("must not come so far"))
+        patch.setattr(command, "Window", Killed(4))
+        with pytest.raises(SystemExit):
+            run(spec, tmp_path / "cut")
+    run(spec, tmp_path / "cut", resume=True)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+class Killed:
+    """Stands for `Window`, of which one is made after each row of the log; after so many the process ends."""
+
+    def __init__(self, left: int) -> None:
+        self._left, self._real = left, command.Window
+
+    def __call__(self) -> Any:
+        self._left -= 1
+        if not self._left:
+            raise SystemExit
+        return self._real()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path: Path) -> None:
+    run(small_spec(), tmp_path / "a")
+    run(small_spec(), tmp_path / "b")
+    run(small_spec("seed=1"), tmp_path / "c")
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_each_stage_moves_what_it_trains_and_nothing_else(tmp_path: Path) -> None:
+    run(small_spec(), tmp_path / "run")
+    vision, text, align, instruct = (
+        read_state(tmp_path / "run" / f"stage-{name}.pt")["weights"] for name in ("vision", "text", "align", "instruct")
+    )
+    for before, after, moved in (
+        (vision, text, ("language_model.", "lm_head.")),
+        (text, align, ("multi_modal_projector.",)),
+        (align, instruct, ("language_model.", "lm_head.", "multi_modal_projector.")),
+    ):
+        for name in before:
+            if not any(part in name for part in moved):
+                assert torch.equal(before[name], after[name]), name
+        for part in moved:
+            assert any(part in name and not torch.equal(before[name], after[name]) for name in before), part
+
+
+def test_stages_in_common_are_taken_from_another_run(tmp_path: Path) -> None:
+    run(small_spec(), tmp_path / "soft")
+    attention = small_spec(method=METHODS["attention"])
+    run(attention, tmp_path / "alone")
+    run(attention, tmp_path / "started", start=tmp_path / "soft")
+    alone, started = weights(tmp_path / "alone"), weights(tmp_path / "started")
+    assert all(torch.equal(alone[name], started[name]) for name in alone)
+    assert [row["stage"] for row in rows(tmp_path / "started")] == ["instruct"] * 3
+    results = json.loads((tmp_path / "started" / "results.json").read_text())
+    assert results["stages"]["text"]["taken_from"] == str(tmp_path / "soft")
+
+
+def test_a_run_with_nothing_in_common_is_no_start(tmp_path: Path) -> None:
+    run(small_spec(), tmp_path / "soft")
+    with pytest.raises(InputError, match="no stage in common"):
+        run(small_spec("seed=3"), tmp_path / "other", start=tmp_path / "soft")
+    with pytest.raises(InputError, match="holds no training run"):
+        run(small_spec(), tmp_path / "other", start=tmp_path / "nothing")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_step(tmp_path: Path) -> None:
+    # a step takes 99 times each weight from it: beyond float32 after 20
+    spec = small_spec("stages[text].learning_rate=10", "stages[text].weight_decay=10", "stages[text].steps=60")
+    outcome = run(spec, tmp_path / "run")
+    assert outcome.stopped_by is not None
+    assert "stage text, step" in str(outcome.stopped_by)
+    assert "learning_rate" in str(outcome.stopped_by)
+    last = read_state(tmp_path / "run" / "last.pt")
+    assert all(bool(tensor.isfinite().all()) for tensor in last["weights"].values())
+    assert f"step {last['stage']['step'] + 1}:" in str(outcome.stopped_by)
+
+
+@pytest.mark.parametrize(("resume", "message"), [(False, "holds a training run"), (True, "the run in .* is complete")])
+def test_a_run_that_is_complete_is_not_run_over(tmp_path: Path, resume: bool, message: str) -> None:
+    run(small_spec(), tmp_path / "run")
+    with pytest.raises(InputError, match=message):
+        run(small_spec(), tmp_path / "run", resume=resume)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
+    train(small_spec(), tmp_path / "run", device="cpu", num_threads=1, count=StopAt("text", 2), say=lambda line: None)
+    with pytest.raises(InputError, match="another YAML"):
+        run(small_spec("stages[instruct].steps=7"), tmp_path / "run", resume=True)
+    (tmp_path / "run" / "last.pt").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(InputError, match="is damaged"):
+        run(small_spec(), tmp_path / "run", resume=True)
+
+
+def test_the_yaml_in_the_folder_is_that_of_the_run(tmp_path: Path) -> None:
+    spec = small_spec(method=METHODS["smar"])
+    run(spec, tmp_path / "run")
+    assert load_train(tmp_path / "run" / "train.yaml") == spec
+    assert yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())["method"]["kind"] == "smar"
+
+
+@pytest.mark.parametrize("method", ["soft", "smar", "partition"])
+def test_the_model_that_is_left_predicts_as_the_one_that_was_trained(tmp_path: Path, method: str) -> None:
+    """Weights come back to the bit, and the gate of biases or masks with them."""
+    run(small_spec(method=METHODS[method]), tmp_path / "run")
+    model = load_model(ModelSource(checkpoint=str(tmp_path / "run" / "model"), dtype="float32", device="cpu"))
+    assert (model.modality_gate is not None) == (method != "soft")
+    found = model.module.state_dict()
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(found[name], tensor), name
