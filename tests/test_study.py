@@ -233,6 +233,7 @@ def test_measures_of_a_run_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["msi"] == pytest.approx(0.875)
     assert found["msi_by_layer"] == pytest.approx([0.875])
     assert found["num_one_sided_experts"] == 3
+    assert found["idle_experts_frac"] == 0
     assert found["accuracy"]["image"]["accuracy"] == 0.5
     # Bins: experts 0, 1 on one device with the prefill, 2, 3 on the other with the decode.
     bins = found["placements"]["modality_bins"]
@@ -300,6 +301,7 @@ def made_up_run(seed: int, method: str, *, msi: float, vision: float, ttft_s: fl
         "layer_ids": [0, 1], "msi": msi, "msi_by_layer": [msi + 0.1, msi - 0.1],
         "mrd_distance_nats": None, "mrd_distance_nats_by_layer": [None, 1.0],
         "mrd_distance_smoothed_nats": 1.5, "mrd_distance_smoothed_nats_by_layer": [2.0, 1.0],
+        "idle_experts_frac": 0.125,
         "num_one_sided_experts": int(method == "smar"), "num_one_sided_experts_by_layer": [0, 0],
         "accuracy": {"image": found, "text": found},
         "placements": {"contiguous": placed(0.5), "modality_bins": placed(vision)},
@@ -395,7 +397,7 @@ def test_chosen_methods() -> None:
 def test_the_page_says_what_the_study_holds(study: Study) -> None:
     content = made_up_study(study)
     text = document(content, Path("docs/specialise.md"), {"specialise-msi-by-layer.png"})
-    assert "| `smar` | SMAR [1.5, 2.0] | 0.600 ± 0.100 | 0.485 | table 1 | 1.50 ± 0.00 |" in text
+    assert "| `smar` | SMAR [1.5, 2.0] | 0.600 ± 0.100 | 0.485 | table 1 | 12.5 ± 0.0 | 1.50 ± 0.00 |" in text
     assert "| `smar` | bins, async | -20.0 ± 0.0 |" in text
     assert "| MMMU | -10.4 | -22.0 | -22.6 |" in text
     assert "6.0 minutes of training" in text

@@ -17,7 +17,7 @@ MSI = """## Specialisation
 MSI (SMoES eq. 19) and MRD distance (SMAR eq. 10, with 1e-6 added to every expert's share) of the routing of held-out
 prompts, means over layers; formulas: [metrics.md](metrics.md). Paper: vision-language models on the pretrained OLMoE,
 other data, other images. Hard routing has an MSI of 1, and MoIIE at least the share of its experts of one modality, by
-construction, if every expert is used.
+construction, if every expert is used; idle experts, which no token of these prompts chose, count as 0.
 Weights of the objectives are other ones than the paper's, since weights of the model start at random
 ([train.md](train.md)): compare orders, not values.
 

@@ -27,11 +27,17 @@ def specialisation_table(summary: Summary) -> str:
             written(summary.over_seeds(method, msi), 3),
             number(paper[method].msi, 3),
             paper[method].tables,
+            written(summary.over_seeds(method, _idle), 1, 100),
             written(summary.over_seeds(method, _mrd), 2),
         )
         for method in summary.methods
     ]
-    return table(("file", "method", "MSI", "paper: MSI", "SMoES, OLMoE", "MRD distance, nats"), rows)
+    return table(("file", "method", "MSI", "paper: MSI", "SMoES, OLMoE", "idle experts, %", "MRD distance, nats"), rows)
+
+
+def _idle(run: Run) -> float | None:
+    found: float | None = run["idle_experts_frac"]
+    return found
 
 
 def _mrd(run: Run) -> float | None:
