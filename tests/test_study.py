@@ -22,7 +22,7 @@ from epsim.study.children import Task, run_tasks
 from epsim.study.document import document, write_document
 from epsim.study.measure import measure
 from epsim.study.methods import METHODS, choose, published_specialisation
-from epsim.study.plan import NUM_REQUESTS, Study, StudyFolder
+from epsim.study.plan import NUM_REQUESTS, Study, StudyFolder, shortened
 from epsim.study.published import table_s10, time_changes, transfer_changes
 from epsim.study.specialise import progress, run_study
 from epsim.study.summary import Estimate, Summary, msi, ratio
@@ -211,6 +211,13 @@ def test_an_interrupt_stops_the_children_once(
         run(study, stub, jobs=1)
     assert time.monotonic() - began < 20
     assert (folder / "stopped.txt").read_text() == "once"
+
+
+def test_paths_in_the_working_directory_are_seen_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shortened(tmp_path / "out" / "study") == Path("out/study")
+    assert shortened(Path("out")) == Path("out")
+    assert shortened(tmp_path.parent / "out") == tmp_path.parent / "out"
 
 
 # what is measured

@@ -128,7 +128,7 @@ def _setup(summary: Summary) -> str:
     seconds = sum(run["seconds"] for run in runs)
     missing = len(study["seeds"]) * len(study["methods"]) - len(runs)
     lines = [
-        f"{len(summary.methods)} methods, {len(study['seeds'])} seeds each, {study['date']}. "
+        f"Methods: {len(summary.methods)}, each from seeds {', '.join(map(str, study['seeds']))}; {study['date']}. "
         f"A model of {_millions(sizes)} parameters: {_model(training['model'])}. "
         f"Steps of the stages: {stages}; all methods of a seed share the stages before the one that specialises. "
         f"Test prompts: {training['data']['num_test']} with an image, {training['data']['num_test_text']} without; "

@@ -117,6 +117,12 @@ def _capture_words(run: Path, trace: Path) -> tuple[str, ...]:
     return ("trace", "--model", str(run / "model"), *requests, *how, "-o", str(trace))
 
 
+def shortened(path: Path) -> Path:
+    """Return a path inside the working directory as seen from there, so that traces and pages name no machine."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path
+
+
 def is_complete(run: Path) -> bool:
     """Return whether a training run has come to its end."""
     return (run / "results.json").exists()

@@ -19,7 +19,7 @@ prompts, means over layers; formulas: [metrics.md](metrics.md). Paper: vision-la
 other data, other images. Hard routing has an MSI of 1, and MoIIE at least the share of its experts of one modality, by
 construction, if every expert is used; idle experts, which no token of these prompts chose, count as 0.
 Weights of the objectives are other ones than the paper's, since weights of the model start at random
-([train.md](train.md)): compare orders, not values.
+([methods.md](methods.md)): compare orders, not values.
 
 One value: `epsim trace stats {folder}/seed-0/attention.arrow`."""
 
