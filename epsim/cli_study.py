@@ -1,7 +1,7 @@
 """The command `epsim study specialise`: parse, call, print."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,12 +9,11 @@ from epsim.console import print_in_full
 from epsim.errors import InputError
 from epsim.interrupt import exit_early, run_to_end
 
+if TYPE_CHECKING:
+    from epsim.study.plan import Study
+    from epsim.study.specialise import StudyOutcome
+
 study_app = typer.Typer(name="study", help="Compare many training runs.", no_args_is_help=True)
-
-
-@study_app.callback()
-def study() -> None:
-    """Compare many training runs."""
 
 
 @study_app.command()
@@ -44,45 +43,64 @@ def specialise(
 
     What is complete in -o is not run again. epsim study specialise -o out/study
     """
-    from epsim.atomic import check_folder
-    from epsim.report.figure import require_matplotlib
-    from epsim.report.study import study_table
-    from epsim.study.document import write_document
     from epsim.study.methods import choose
-    from epsim.study.plan import Study, StudyFolder
-    from epsim.study.sections import COLUMNS, table_rows
-    from epsim.study.specialise import StudyOutcome, progress, run_study
-    from epsim.study.summary import Summary
+    from epsim.study.plan import Study, StudyFolder, shortened
 
     if output is None:
         raise InputError("study: no folder to write; write e.g. epsim study specialise -o out/study")
+    names = choose(methods)
+    _check(docs, config, scenario)
+    chosen = Study(
+        folder=StudyFolder(shortened(output)), methods=names, num_seeds=seeds, config=shortened(config),
+        overrides=tuple(overrides or ()),
+    )  # fmt: skip
+    outcome = _run(chosen, shortened(scenario), jobs)
+    _say(f"wrote {chosen.folder.study}")
+    _print(outcome, chosen, docs)
+    if outcome.failures:
+        _say(f"epsim: {len(outcome.failures)} trainings or captures failed; run the same command to try these again")
+        raise typer.Exit(2)
+
+
+def _check(docs: Path | None, config: Path, scenario: Path) -> None:
+    """Raise InputError before hours of work that would end in it."""
+    from epsim.atomic import check_folder
+    from epsim.report.figure import require_matplotlib
+
     if docs is not None:
         require_matplotlib()
         check_folder(docs.parent / "images")
-    chosen = Study(
-        folder=StudyFolder(output), methods=choose(methods), num_seeds=seeds, config=config,
-        overrides=tuple(overrides or ()),
-    )  # fmt: skip
     for needed in (config, scenario):
         if not needed.exists():
             raise InputError(f"{needed}: is not there; run in the root of epsim's repository, or name it by an option")
 
-    def run() -> StudyOutcome | KeyboardInterrupt:
+
+def _run(study: "Study", scenario: Path, jobs: int) -> "StudyOutcome":
+    from epsim.study.specialise import progress, run_study
+
+    def run() -> "StudyOutcome | KeyboardInterrupt":
         try:
-            return run_study(chosen, scenario, jobs=jobs, say=_say)
+            return run_study(study, scenario, jobs=jobs, say=_say)
         except KeyboardInterrupt as interrupt:
             return interrupt
 
-    outcome = run_to_end(run, f"{output} holds nothing new")
+    outcome = run_to_end(run, f"{study.folder.path} holds nothing new")
     if isinstance(outcome, KeyboardInterrupt):
-        exit_early(outcome, f"{progress(chosen)}; the same command goes on from there")
+        exit_early(outcome, f"{progress(study)}; the same command goes on from there")
+    return outcome
+
+
+def _print(outcome: "StudyOutcome", study: "Study", docs: Path | None) -> None:
+    """Print the means over seeds, and write the document if it is asked for."""
+    from epsim.report.study import study_table
+    from epsim.study.document import write_document
+    from epsim.study.plan import shortened
+    from epsim.study.sections import COLUMNS, table_rows
+    from epsim.study.summary import Summary
+
     print_in_full(study_table(COLUMNS, table_rows(Summary(outcome.study))))
-    _say(f"wrote {chosen.folder.study}")
-    for path in write_document(docs, outcome.study, chosen.folder) if docs is not None else []:
+    for path in write_document(shortened(docs), outcome.study, study.folder) if docs is not None else []:
         _say(f"wrote {path}")
-    if outcome.failures:
-        _say(f"epsim: {len(outcome.failures)} trainings or captures failed; run the same command to try these again")
-        raise typer.Exit(2)
 
 
 def _say(line: str) -> None:

@@ -104,6 +104,18 @@ def prompt_error(summary: Summary, method: str, kind: str) -> float | None:
     return None if found is None else found[1]
 
 
+def placement_alone(summary: Summary) -> str:
+    """Return what modality bins do to soft routing, which no loss made for them, beside the trained methods."""
+    cell = ("without_dedup", "prefill_vision")
+    found = [
+        f"`{method}`, {placement.replace('_', ' ')}: {100 * estimate.mean:.1f} %"
+        for method in IN_TABLE_S10
+        for placement in (("contiguous", "modality_bins") if method == summary.baseline else ("modality_bins",))
+        if (estimate := summary.over_seeds(method, ratio(placement, *cell))) is not None
+    ]
+    return f"What placement does alone, and what training adds, in remote pairs of vision tokens: {'; '.join(found)}."
+
+
 def transfer_signs(summary: Summary) -> str:
     """Return in how many cells the change against the baseline goes the way of all five benchmarks."""
     same = number = 0

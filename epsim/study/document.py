@@ -4,6 +4,7 @@ The same study gives the same bytes.
 """
 
 import os
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from epsim.atomic import require_replaceable, whole_file, write_errors
 from epsim.study import claims, prose, sections
 from epsim.study.figures import FUSION, PREFIX, ROUTING, draw_figures
-from epsim.study.plan import StudyFolder
+from epsim.study.methods import METHODS
+from epsim.study.plan import DEFAULTS, StudyFolder
 from epsim.study.summary import Summary
 from epsim.validate.published import load_published
 
@@ -47,7 +49,7 @@ def document(study: Mapping[str, Any], path: Path, figures: Collection[str]) -> 
         claims.accuracy_differences(summary),
         prose.TRANSFER.format(**words),
         sections.transfer_table(summary),
-        claims.transfer_signs(summary),
+        " ".join((claims.placement_alone(summary), claims.transfer_signs(summary))),
         prose.TRANSFER_PAPER,
         sections.transfer_paper_table(),
         prose.LOAD.format(**words),
@@ -65,10 +67,9 @@ def document(study: Mapping[str, Any], path: Path, figures: Collection[str]) -> 
 
 def _words(study: Mapping[str, Any], path: Path) -> dict[str, str]:
     folder = study["folder"]
-    options = [f"--seeds {len(study['seeds'])}", *(f"--set '{text}'" for text in study["overrides"])]
     return {
         "citation": load_published().citation,
-        "command": f"epsim study specialise -o {folder} {' '.join(options)} --docs {path.as_posix()}",
+        "command": _command(study, path),
         "folder": folder,
         "config": study["config"],
         "scenario": study["scenario"],
@@ -76,6 +77,19 @@ def _words(study: Mapping[str, Any], path: Path) -> dict[str, str]:
         "requests": str(study["num_requests"]),
         "images": IMAGES,
     }
+
+
+def _command(study: Mapping[str, Any], path: Path) -> str:
+    """Return the command that makes the study and the page."""
+    options = ["-o", study["folder"], "--seeds", str(len(study["seeds"]))]
+    if list(study["methods"]) != list(METHODS):
+        options += ["--methods", ",".join(study["methods"])]
+    for name in ("config", "scenario"):
+        if study[name] != DEFAULTS[name]:
+            options += [f"--{name}", study[name]]
+    for text in study["overrides"]:
+        options += ["--set", text]
+    return shlex.join(["epsim", "study", "specialise", *options, "--docs", path.as_posix()])
 
 
 def _specialisation(summary: Summary, figures: Collection[str], words: Mapping[str, str]) -> list[str]:
@@ -114,11 +128,11 @@ def _setup(summary: Summary) -> str:
     seconds = sum(run["seconds"] for run in runs)
     missing = len(study["seeds"]) * len(study["methods"]) - len(runs)
     lines = [
-        f"{len(summary.methods)} methods, {len(study['seeds'])} seeds each, {study['date']}. "
+        f"Methods: {len(summary.methods)}, each from seeds {', '.join(map(str, study['seeds']))}; {study['date']}. "
         f"A model of {_millions(sizes)} parameters: {_model(training['model'])}. "
         f"Steps of the stages: {stages}; all methods of a seed share the stages before the one that specialises. "
         f"Test prompts: {training['data']['num_test']} with an image, {training['data']['num_test_text']} without; "
-        f"trace: {study['num_requests']} held-out prompts. {seconds / 60:.0f} minutes of training on one thread each; "
+        f"trace: {study['num_requests']} held-out prompts. {seconds / 60:.1f} minutes of training on one thread each; "
         f"{'; '.join(ran_on)}. Every ± is a standard error over seeds."
     ]
     if missing:

@@ -64,6 +64,7 @@ def _specialisation(stats: Mapping[str, Any]) -> dict[str, Any]:
     names = ("msi", "mrd_distance_nats", "mrd_distance_smoothed_nats", "num_one_sided_experts")
     return {
         "layer_ids": stats["trace"]["layer_ids"],
+        "idle_experts_frac": stats["overall"]["num_idle_experts"] / (len(layers) * stats["trace"]["num_experts"]),
         **{name: stats["overall"][name] for name in names},
         **{f"{name}_by_layer": [layer[name] for layer in layers] for name in names},
     }

@@ -13,6 +13,7 @@ from epsim.trace.file import TraceFile
 
 NUM_REQUESTS = 64  # of a trace
 SCORES = "attention,gaussian"
+DEFAULTS = {"config": "scenarios/train", "scenario": "scenarios/digits.yaml"}  # of the command's options
 
 
 class StudyFolder:
@@ -114,6 +115,12 @@ def _capture_words(run: Path, trace: Path) -> tuple[str, ...]:
     requests = ("--builtin", "scenes", "--num-requests", str(NUM_REQUESTS))
     how = ("--scores", SCORES, "--threads", "1", "--compress")
     return ("trace", "--model", str(run / "model"), *requests, *how, "-o", str(trace))
+
+
+def shortened(path: Path) -> Path:
+    """Return a path inside the working directory as seen from there, so that traces and pages name no machine."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path
 
 
 def is_complete(run: Path) -> bool:

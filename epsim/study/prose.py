@@ -16,9 +16,10 @@ MSI = """## Specialisation
 
 MSI (SMoES eq. 19) and MRD distance (SMAR eq. 10, with 1e-6 added to every expert's share) of the routing of held-out
 prompts, means over layers; formulas: [metrics.md](metrics.md). Paper: vision-language models on the pretrained OLMoE,
-other data, other images. Hard routing has an MSI of 1 by construction, and the parts of MoIIE bound its MSI from below.
+other data, other images. Hard routing has an MSI of 1, and MoIIE at least the share of its experts of one modality, by
+construction, if every expert is used; idle experts, which no token of these prompts chose, count as 0.
 Weights of the objectives are other ones than the paper's, since weights of the model start at random
-([train.md](train.md)): compare orders, not values.
+([methods.md](methods.md)): compare orders, not values.
 
 One value: `epsim trace stats {folder}/seed-0/attention.arrow`."""
 
@@ -38,9 +39,9 @@ trace."""
 ACCURACY = """## Accuracy: not reproduced
 
 Share of held-out questions about scenes of digits that are answered exactly right; mean over seeds ± standard error
-over seeds, and the standard error that the number of prompts alone makes. Beside it the paper's change of mean accuracy
-against soft routing over its public benchmarks. The two have nothing in common but their sign, and the paper's
-language benchmarks test knowledge that a model without pretraining does not have to lose.
+over seeds, and the standard error that the number of prompts alone makes. Beside it stands the paper's change of mean
+accuracy against soft routing, over public benchmarks. Neither says anything of the other: the questions are others, and
+the paper's language benchmarks test knowledge that a model without pretraining does not have to lose.
 
 One value: `results.json` of `epsim train {config}/attention.yaml --start {folder}/seed-0/soft -o DIR`."""
 

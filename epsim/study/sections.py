@@ -27,11 +27,17 @@ def specialisation_table(summary: Summary) -> str:
             written(summary.over_seeds(method, msi), 3),
             number(paper[method].msi, 3),
             paper[method].tables,
+            written(summary.over_seeds(method, _idle), 1, 100),
             written(summary.over_seeds(method, _mrd), 2),
         )
         for method in summary.methods
     ]
-    return table(("file", "method", "MSI", "paper: MSI", "SMoES, OLMoE", "MRD distance, nats"), rows)
+    return table(("file", "method", "MSI", "paper: MSI", "SMoES, OLMoE", "idle experts, %", "MRD distance, nats"), rows)
+
+
+def _idle(run: Run) -> float | None:
+    found: float | None = run["idle_experts_frac"]
+    return found
 
 
 def _mrd(run: Run) -> float | None:
@@ -145,11 +151,9 @@ def times_table(summary: Summary) -> str:
 
 
 def _time_changes(summary: Summary, method: str, setting: str) -> list[str]:
-    return [
-        written(summary.against_baseline(method, time(setting, size, metric), time(BASELINE, size, metric)), 1, 100)
-        for metric in METRICS
-        for size in BATCH_SIZES
-    ]
+    cells = [(size, metric) for metric in METRICS for size in BATCH_SIZES]
+    changes = (summary.against_baseline(method, time(setting, *cell), time(BASELINE, *cell)) for cell in cells)
+    return [written(change, 1, 100, "+") for change in changes]
 
 
 def times_paper_table() -> str:
@@ -190,7 +194,7 @@ def table_rows(summary: Summary) -> list[Sequence[str]]:
                 written(summary.over_seeds(method, msi), 3),
                 *(written(summary.over_seeds(method, accuracy_of(kind)), 1, 100) for kind in ("image", "text")),
                 *(written(summary.over_seeds(method, read), 1, 100) for read in ratios),
-                *(written(change, 1, 100) for change in changes),
+                *(written(change, 1, 100, "+") for change in changes),
             )
         )
     return rows

@@ -23,15 +23,15 @@ class Estimate:
         n = len(values)
         return cls(mean=fmean(values), standard_error=stdev(values) / math.sqrt(n) if n > 1 else None, num_seeds=n)
 
-    def text(self, digits: int, scale: float = 1.0) -> str:
-        """Return "0.61 ± 0.02"."""
+    def text(self, digits: int, scale: float = 1.0, sign: str = "") -> str:
+        """Return "0.61 ± 0.02"; sign "+": with a sign in any case."""
         error = "" if self.standard_error is None else f" ± {scale * self.standard_error:.{digits}f}"
-        return f"{scale * self.mean:.{digits}f}{error}"
+        return f"{scale * self.mean:{sign}.{digits}f}{error}"
 
 
-def written(estimate: Estimate | None, digits: int, scale: float = 1.0) -> str:
+def written(estimate: Estimate | None, digits: int, scale: float = 1.0, sign: str = "") -> str:
     """Return the text of an estimate, a dash for none."""
-    return "-" if estimate is None else estimate.text(digits, scale)
+    return "-" if estimate is None else estimate.text(digits, scale, sign)
 
 
 class Summary:
