@@ -237,6 +237,7 @@ def test_the_model_that_is_left_predicts_as_the_one_that_was_trained(tmp_path: P
     """Weights come back to the bit, and the gate of biases or masks with them."""
     run(small_spec(method=METHODS[method]), tmp_path / "run")
     model = load_model(ModelSource(checkpoint=str(tmp_path / "run" / "model"), dtype="float32", device="cpu"))
+    assert model.name == "OLMoE on digits, soft routing"
     assert (model.modality_gate is not None) == (method != "soft")
     found = model.module.state_dict()
     for name, tensor in weights(tmp_path / "run").items():
