@@ -15,6 +15,9 @@ demo: $(VENV)/core.stamp
 		--axis transmission.mode=sync,async \
 		--axis transmission.dedup=none,device
 	$(BIN)/epsim simulate scenarios/orin-2x-olmoe.yaml --out out/demo
+	$(BIN)/epsim compare scenarios/digits.yaml \
+		--axis trace=traces/digits-soft.arrow,traces/digits-attention.arrow,traces/digits-gaussian.arrow \
+		--axis placement.policy=contiguous,modality_bins
 
 test: $(VENV)/dev.stamp lint
 	$(BIN)/python -m pytest
