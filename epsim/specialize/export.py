@@ -1,25 +1,40 @@
 """The trained model as a checkpoint that `epsim trace --model` reads: `export`."""
 
 import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 from epsim.atomic import write_errors
 from epsim.capture.model import MoeModel
 from epsim.capture.models.device import quiet
 from epsim.capture.models.processor import Processor
+from epsim.errors import OutputError
 from epsim.specialize.methods import Method
 from epsim.specialize.run_folder import RunFolder
 
 
 def export(model: MoeModel, processor: Processor, method: Method | None, folder: RunFolder) -> None:
-    """Write weights, config, tokenizer, image processor and the method's gate to `folder.model`, whole or not."""
+    """Write weights, config, tokenizer, image processor and the method's gate to `folder.model`, whole or not.
+
+    Raises OutputError if that cannot be, as where the disk is full.
+    """
     new = folder.path / f".{folder.model.name}.part"
     shutil.rmtree(new, ignore_errors=True)
-    eos_token_id = processor.tokenizer.eos_token_id
-    model.module.generation_config.eos_token_id = eos_token_id
-    with quiet(), write_errors(folder.model):
-        model.module.save_pretrained(new)
-        processor.tokenizer.save_pretrained(new)
-        processor.image_processor.save_pretrained(new)
+    model.module.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    try:
+        with quiet(), write_errors(folder.model):
+            _write(model, processor, method, new)
+        folder.replace_model(new)
+    except SafetensorError as error:  # what its writer makes of an OSError
+        raise OutputError(f"{folder.model}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write(model: MoeModel, processor: Processor, method: Method | None, folder: Path) -> None:
+    model.module.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
     if method is not None and method.gate is not None:
-        method.gate.save(new)
-    folder.replace_model(new)
+        method.gate.save(folder)
