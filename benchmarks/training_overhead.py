@@ -135,7 +135,6 @@ def make_batch(model: MoeModel, num_text: int) -> ExampleBatch:
         is_text_BS=place_BS >= num_vision,
         is_answer_BS=place_BS >= num_vision + num_text,
         pixel_values=torch.randn(BATCH_SIZE, 3, side, side, generator=generator),
-        has_image_B=torch.ones(BATCH_SIZE, dtype=torch.bool),
     )
 
 

@@ -3,13 +3,11 @@
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from epsim.atomic import write_errors
 from epsim.capture.model import MoeModel
+from epsim.capture.models.checkpoint import save_weights
 from epsim.capture.models.device import quiet
 from epsim.capture.models.processor import Processor
-from epsim.errors import OutputError
 from epsim.specialize.methods import Method
 from epsim.specialize.run_folder import RunFolder
 
@@ -26,14 +24,12 @@ def export(model: MoeModel, processor: Processor, method: Method | None, folder:
         with quiet(), write_errors(folder.model):
             _write(model, processor, method, new)
         folder.replace_model(new)
-    except SafetensorError as error:  # what its writer makes of an OSError
-        raise OutputError(f"{folder.model}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 def _write(model: MoeModel, processor: Processor, method: Method | None, folder: Path) -> None:
-    model.module.save_pretrained(folder)
+    save_weights(model.module, folder)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     if method is not None and method.gate is not None:
