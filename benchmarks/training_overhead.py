@@ -268,6 +268,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.repeats < 2:
         parser.error(f"--repeats {arguments.repeats} must be at least 2, to see how far they scatter")
+    if any(num < TOPK or num % TOPK for num in arguments.experts):
+        parser.error(f"--experts must be multiples of {TOPK}: as many experts a token, and as many bins")
     if arguments.text_tokens is None:
         arguments.text_tokens = 32 if arguments.reduced else 128
     return arguments

@@ -23,6 +23,7 @@ from epsim.scenario.load_train import load_train
 from epsim.scenario.train import TrainSpec
 from epsim.specialize import command
 from epsim.specialize.command import TrainOutcome, train
+from epsim.specialize.interrupt import DeferredInterrupt
 from epsim.specialize.log import Window
 from epsim.specialize.observer import GateObserver
 from epsim.specialize.run_folder import read_state
@@ -121,6 +122,21 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path: Path, m
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
+@pytest.mark.skipif("EPSIM_TEST_DEVICE" not in os.environ, reason="for another device than the CPU")
+@pytest.mark.parametrize("method", ["gmm2", "smar"])
+@pytest.mark.parametrize("first", ["cpu", os.environ.get("EPSIM_TEST_DEVICE", "cpu")])
+def test_a_run_goes_on_on_an_accelerator(tmp_path: Path, first: str, method: str) -> None:
+    """Step 7 is within a row of the log."""
+    spec = small_spec("log_every=5", "stages[instruct].steps=12", method=METHODS[method])
+    device = os.environ["EPSIM_TEST_DEVICE"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.StageRun, "advance", interrupted_at("instruct", 7))
+        train(spec, tmp_path / "run", device=first, num_threads=1, count=no_bar, say=lambda line: None)
+    outcome = train(spec, tmp_path / "run", resume=True, device=device, count=no_bar, say=lambda line: None)
+    assert outcome.stopped_by is None
+    assert [row["step"] for row in rows(tmp_path / "run")][-3:] == ["5", "10", "12"]
+
+
 class Killed:
     """Stands for `Window`, of which one is made after each row of the log; after so many the process ends."""
 
@@ -132,6 +148,20 @@ class Killed:
         if not self._left:
             raise SystemExit
         return self._real()
+
+
+def interrupted_at(
+    stage: str, step: int, what: type[BaseException] = DeferredInterrupt
+) -> Callable[[command.StageRun], None]:
+    """Return a step that is interrupted when a stage has done so many."""
+    advance = command.StageRun.advance
+
+    def interrupted(run: command.StageRun) -> None:
+        if run.stage.name == stage and run.step == step:
+            raise what
+        advance(run)
+
+    return interrupted
 
 
 def then_plain(spec: TrainSpec) -> TrainSpec:
@@ -167,14 +197,7 @@ def test_a_second_interrupt_leaves_the_checkpoint_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes while weights are changed in step 5 of instruct, checkpoint_every 3: step 3 was the last whole one."""
-    advance = command.StageRun.advance
-
-    def interrupted(run: command.StageRun) -> None:
-        if run.stage.name == "instruct" and run.step == 4:
-            raise KeyboardInterrupt
-        advance(run)
-
-    monkeypatch.setattr(command.StageRun, "advance", interrupted)
+    monkeypatch.setattr(command.StageRun, "advance", interrupted_at("instruct", 4, KeyboardInterrupt))
     outcome = run(small_spec(), tmp_path / "run")
     assert isinstance(outcome.stopped_by, KeyboardInterrupt)
     assert read_state(tmp_path / "run" / "last.pt")["stage"]["step"] == 3

@@ -1,8 +1,8 @@
 """The folder of a training run: `RunFolder`, whose files are written whole or not at all.
 
-`train.yaml` is the run's YAML, `last.pt` what an interrupted run goes on from, `stage-NAME.pt` the weights at the end
-of a stage, `model/` the trained model as a checkpoint, `results.json` what came out. `log.csv` and `experts.npz` are
-those of `epsim.specialize.log`.
+`train.yaml` is the run's YAML, `last.pt` what an interrupted run goes on from, `stage-NAME.pt` weights and the method's
+state at the end of a stage, `model/` the trained model as a checkpoint, `results.json` what came out.
+`log.csv` and `experts.npz` are those of `epsim.specialize.log`.
 """
 
 import json
