@@ -135,7 +135,6 @@ def make_batch(model: MoeModel, num_text: int) -> ExampleBatch:
         is_text_BS=place_BS >= num_vision,
         is_answer_BS=place_BS >= num_vision + num_text,
         pixel_values=torch.randn(BATCH_SIZE, 3, side, side, generator=generator),
-        has_image_B=torch.ones(BATCH_SIZE, dtype=torch.bool),
     )
 
 
@@ -269,6 +268,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.repeats < 2:
         parser.error(f"--repeats {arguments.repeats} must be at least 2, to see how far they scatter")
+    if any(num < TOPK or num % TOPK for num in arguments.experts):
+        parser.error(f"--experts must be multiples of {TOPK}: as many experts a token, and as many bins")
     if arguments.text_tokens is None:
         arguments.text_tokens = 32 if arguments.reduced else 128
     return arguments

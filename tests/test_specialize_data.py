@@ -215,7 +215,6 @@ def test_exactly_the_answer_and_the_end_are_to_be_predicted(processor: Processor
     assert batch.is_text_BS.tolist() == [[True] * 21, [True] + [False] * 16 + [True] * 4, [True] * 21]
     answers = [[False] * (21 - num) + [True] * num for num in (3, 2, 2)]
     assert batch.is_answer_BS.tolist() == answers
-    assert batch.has_image_B.tolist() == [False, True, False]
     assert batch.pixel_values is not None
     assert batch.pixel_values.shape == (1, 3, 56, 56)
     encoded = processor.encode("?", [scene.open()])
@@ -230,7 +229,7 @@ def test_a_batch_moves_whole(processor: Processor) -> None:
     assert isinstance(moved, ExampleBatch)
     assert moved.pixel_values is None
     tensors = [value for value in vars(moved).values() if value is not None]
-    assert len(tensors) == 5
+    assert len(tensors) == 4
     assert {str(tensor.device) for tensor in tensors} == {"meta"}
     cells = cells_batch(processor, **STEP).to(torch.device("meta"))
     assert {str(tensor.device) for tensor in vars(cells).values()} == {"meta"}
@@ -251,7 +250,6 @@ def test_images_keep_the_order_of_prompts(processor: Processor, tmp_path: Path) 
     means_I3 = batch.pixel_values.mean(dim=(2, 3))
     assert (means_I3[:, 0] > means_I3[:, 2]).tolist() == [True, False, True]
     assert (~batch.is_text_BS).sum(dim=1).tolist() == [TOKENS_PER_IMAGE, 0, 2 * TOKENS_PER_IMAGE]
-    assert batch.has_image_B.tolist() == [True, False, True]
 
 
 def test_prompts_that_cannot_be_learnt_are_named(processor: Processor, text_processor: Processor) -> None:

@@ -129,7 +129,8 @@ class ModalityGate(nn.Module):
         """Write `FILE_NAME` into the folder of a checkpoint, whole or not at all; OutputError if that cannot be."""
         about = {"format_version": FORMAT_VERSION, "num_layers": self.num_layers, "num_experts": self.num_experts}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with whole_file(folder / FILE_NAME) as part, write_errors(part):
+        path = folder / FILE_NAME
+        with whole_file(path) as part, write_errors(path):
             part.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(about)}))
 
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig
 
+from epsim.capture.modality_gate import FILE_NAME as MODALITY_GATE
 from epsim.capture.model import MoeModel
 from epsim.capture.models import deepseek
 from epsim.capture.models.backbones import CLIP_VIT_L_14_336, backbone_card, reduced_card, text_config, vlm_config
@@ -26,19 +27,19 @@ BYTE_VOCABULARY = EOS_ID + 1
 def build_model(spec: TrainSpec, device: str) -> MoeModel:
     """Return the model in float32 on a device, with gradients off; same spec and seed, same weights.
 
-    Raises InputError for a backbone, sizes or a checkpoint that cannot be trained, CapacityError if weights,
-    gradients and optimizer do not fit into the device's memory.
+    Raises InputError for a backbone, sizes or a checkpoint that cannot be trained, CapacityError if what is drawn does
+    not fit into the device's memory with gradients and optimizer, or if the weights of a checkpoint alone do not.
     """
     if isinstance(spec.model, DrawnModelSpec):
         return _drawn(spec.model, spec.seed, resolve_device(device))
     model = load_model(ModelSource(checkpoint=spec.model.checkpoint, dtype="float32", device=device))
-    if model.modality_gate is not None:
-        raise InputError(
-            f"model.checkpoint: {spec.model.checkpoint} was trained with biases or masks of experts, and these are not "
-            "trained further; write a checkpoint without modality_gate.safetensors"
-        )
     if not model.is_vlm:
         raise InputError(f"model.checkpoint: {model.name} reads text only; write a vision-language model")
+    if model.modality_gate is not None:
+        raise InputError(
+            f"model.checkpoint: {model.name} has biases or masks of experts, and training begins with plain routers; "
+            f"write a checkpoint without {MODALITY_GATE}"
+        )
     return model
 
 
@@ -47,7 +48,13 @@ def _drawn(spec: DrawnModelSpec, seed: int, device: torch.device) -> MoeModel:
     config, name = _config(spec)
     with quiet():
         size = weight_bytes(draw_weights(config, TRAINING_DTYPE, torch.device("meta"), 0))
-        check_memory(BYTES_PER_WEIGHT_BYTE * size, device, name, "smaller sizes in model, or another --device")
+        check_memory(
+            BYTES_PER_WEIGHT_BYTE * size,
+            device,
+            name,
+            "smaller sizes in model, or another --device",
+            needed_for="weights, gradients and AdamW's moments",
+        )
         module = draw_weights(config, TRAINING_DTYPE, device, seed)
     return MoeModel(
         name=name,

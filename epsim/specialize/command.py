@@ -18,7 +18,7 @@ from epsim.scenario.train import StageSpec, TrainSpec
 from epsim.specialize.build import build_model
 from epsim.specialize.evaluate import accuracy
 from epsim.specialize.export import export
-from epsim.specialize.interrupt import deferred_interrupts
+from epsim.specialize.interrupt import DeferredInterrupt, deferred_interrupts
 from epsim.specialize.log import TrainingLog, Window
 from epsim.specialize.methods import Method, make_method
 from epsim.specialize.run_folder import RunFolder, State, common_stages, read_state, write_state
@@ -30,7 +30,10 @@ CountSteps = Callable[[str, int], AbstractContextManager[Callable[[int, str], No
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutcome:
-    """What a run left: steps done in all stages, its folder, what ended it early, and what to say of it."""
+    """What a run left: steps in all stages, its folder, what ended it early, and what to say of it.
+
+    num_steps: those that were made; of a run that ended early, those that need not be made again.
+    """
 
     num_steps: int
     folder: Path
@@ -59,7 +62,7 @@ def train(
         say: told in a line what is about to happen.
 
     Ctrl-C ends the run after the step that is under way. That, and a loss that is not a number, leave `last.pt` of the
-    last step that was good, to go on from.
+    last step that was good, to go on from; a second Ctrl-C, at once, leaves the one that was there.
     """
     files = RunFolder(folder)
     done = common_stages(spec, start) if start is not None else []
@@ -73,6 +76,7 @@ def train(
     say(f"{model.name}: {len(spec.stages)} stages, {sum(stage.steps for stage in spec.stages)} steps on {model.device}")
     if state is not None:
         run.load_state_dict(state)
+        state = None  # as large as the model with its optimizer
     elif start is not None:
         run.take_over(RunFolder(start), done)
     return run.all_stages()
@@ -89,7 +93,7 @@ class _Run:
         self._method: Method | None = None
         self._results: dict[str, Any] = {}
         self._pending: State | None = None
-        self._steps_under_way = 0
+        self._steps_saved = 0  # in `last.pt`, of the stage that is under way
 
     def all_stages(self) -> TrainOutcome:
         stopped_by: KeyboardInterrupt | EpsimError | None = None
@@ -103,7 +107,7 @@ class _Run:
                 self._finish()
         except (KeyboardInterrupt, EpsimError) as error:
             stopped_by = error
-        num_steps = sum(result["steps"] for result in self._results.values()) + self._steps_under_way
+        num_steps = sum(result["steps"] for result in self._results.values()) + self._steps_saved
         return TrainOutcome(
             num_steps=num_steps, folder=self._files.path, stopped_by=stopped_by, lines=self._lines(stopped_by)
         )
@@ -113,6 +117,8 @@ class _Run:
         self._model.module.load_state_dict(state["weights"])
         self._results = state["results"]
         self._log.load_state_dict(state["log"])
+        self._steps_saved = state["stage"]["step"]
+        self._take_up_method(state)
         self._pending = state
 
     def take_over(self, other: RunFolder, stages: list[str]) -> None:
@@ -121,7 +127,17 @@ class _Run:
             stage = read_state(other.stage(name))
             self._results[name] = stage["result"] | {"taken_from": str(other.path)}
         self._model.module.load_state_dict(stage["weights"])
+        self._take_up_method(stage)
         self._say(f"{', '.join(stages)}: taken from {other.path}")
+
+    def _take_up_method(self, state: State) -> None:
+        """Take up the method of a stage before, which later stages, captures and the saved model need as it was."""
+        if state.get("method") is None:
+            return
+        self._method = make_method(self._spec.method, self._model, self._spec.seed)
+        self._method.attach(self._model)
+        self._method.load_state_dict(state["method"])
+        self._method.detach()
 
     def _stage(self, index: int, stage: StageSpec, raise_if_asked: Callable[[], None]) -> None:
         if stage.specialize and self._method is None:
@@ -135,8 +151,9 @@ class _Run:
                 run.load_state_dict(self._pending["stage"])
                 self._pending = None
             self._steps(run, advance, raise_if_asked)
-            self._results[stage.name], self._steps_under_way = self._result(run), 0
-        self._save_stage(stage)
+            result = self._result(run)
+        self._save_stage(stage, result)
+        self._results[stage.name], self._steps_saved = result, 0
 
     def _steps(self, run: StageRun, advance: Callable[[int, str], None], raise_if_asked: Callable[[], None]) -> None:
         stage, spec = run.stage, self._spec
@@ -146,7 +163,6 @@ class _Run:
                 raise_if_asked()
                 began = time.monotonic()
                 run.advance()
-                self._steps_under_way = run.step
                 run.seconds += time.monotonic() - began
                 if run.step % spec.log_every == 0 or run.step == stage.steps:
                     row = self._log.add(
@@ -156,7 +172,7 @@ class _Run:
                     advance(run.step, f"loss {row['loss']:.3f}")
                 if run.step % spec.checkpoint_every == 0 and run.step < stage.steps:
                     self._save_last(run)
-        except (KeyboardInterrupt, EpsimError):
+        except (DeferredInterrupt, EpsimError):
             self._save_last(run)
             raise
 
@@ -168,8 +184,10 @@ class _Run:
                 "weights": self._model.module.state_dict(),
                 "results": self._results,
                 "log": self._log.state_dict(),
+                "method": self._method_state(),
             }
         )
+        self._steps_saved = run.step
 
     def _result(self, run: StageRun) -> dict[str, Any]:
         """Return what came out of a stage; accuracy of stages that learn answers."""
@@ -177,16 +195,18 @@ class _Run:
         if run.stage.task == "cells":
             return result
         self._model.module.eval()
-        watchers = run.method.watchers if run.method else ()
         for kind in ("image", "text"):
             held_out = self._source.held_out(with_image=kind == "image", batch_size=run.stage.batch_size)
-            result[kind] = accuracy(self._model, held_out, watchers)
+            result[kind] = accuracy(self._model, held_out, run.watchers)
         return result
 
-    def _save_stage(self, stage: StageSpec) -> None:
+    def _save_stage(self, stage: StageSpec, result: dict[str, Any]) -> None:
         """Keep the weights at the end of a stage."""
-        state = {"weights": self._model.module.state_dict(), "result": self._results[stage.name]}
+        state = {"weights": self._model.module.state_dict(), "result": result, "method": self._method_state()}
         write_state(self._files.stage(stage.name), state)
+
+    def _method_state(self) -> State | None:
+        return None if self._method is None else self._method.state_dict()
 
     def _finish(self) -> None:
         self._log.save_experts()

@@ -27,7 +27,6 @@ class ExampleBatch:
         is_text_BS: bool [B, S], False where a token stands for an image patch; padding counts as text.
         is_answer_BS: bool [B, S], tokens to be predicted: the answer and the end-of-sequence token.
         pixel_values: float32 [I, 3, height, width], sample by sample, or None if none has an image.
-        has_image_B: bool [B].
     """
 
     token_ids_BS: Tensor
@@ -35,7 +34,6 @@ class ExampleBatch:
     is_text_BS: Tensor
     is_answer_BS: Tensor
     pixel_values: Tensor | None
-    has_image_B: Tensor
 
     def to(self, device: torch.device) -> "ExampleBatch":
         """Return the batch on `device`; see `moved`."""
@@ -46,7 +44,6 @@ class ExampleBatch:
             is_text_BS=moved(self.is_text_BS, device),
             is_answer_BS=moved(self.is_answer_BS, device),
             pixel_values=None if self.pixel_values is None else moved(self.pixel_values, device),
-            has_image_B=moved(self.has_image_B, device),
         )
 
 
@@ -90,7 +87,6 @@ def encode_examples(prompts: Sequence[Prompt], processor: Processor) -> ExampleB
         is_text_BS=batch.is_text_BS,
         is_answer_BS=torch.arange(num_columns) >= num_columns - num_answer_B[:, None],
         pixel_values=processor.pixels(images) if images else None,
-        has_image_B=torch.tensor([bool(prompt.images) for prompt in prompts]),
     )
 
 

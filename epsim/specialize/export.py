@@ -1,9 +1,11 @@
 """The trained model as a checkpoint that `epsim trace --model` reads: `export`."""
 
 import shutil
+from pathlib import Path
 
 from epsim.atomic import write_errors
 from epsim.capture.model import MoeModel
+from epsim.capture.models.checkpoint import save_weights
 from epsim.capture.models.device import quiet
 from epsim.capture.models.load import NAME_KEY
 from epsim.capture.models.processor import Processor
@@ -12,16 +14,25 @@ from epsim.specialize.run_folder import RunFolder
 
 
 def export(model: MoeModel, processor: Processor, method: Method | None, folder: RunFolder, name: str) -> None:
-    """Write weights, config, tokenizer, image processor and the method's gate to `folder.model`, whole or not."""
+    """Write weights, config, tokenizer, image processor and the method's gate to `folder.model`, whole or not.
+
+    Raises OutputError if that cannot be, as where the disk is full.
+    """
     new = folder.path / f".{folder.model.name}.part"
     shutil.rmtree(new, ignore_errors=True)
-    eos_token_id = processor.tokenizer.eos_token_id
-    model.module.generation_config.eos_token_id = eos_token_id
+    model.module.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     setattr(model.module.config, NAME_KEY, name)
-    with quiet(), write_errors(folder.model):
-        model.module.save_pretrained(new)
-        processor.tokenizer.save_pretrained(new)
-        processor.image_processor.save_pretrained(new)
+    try:
+        with quiet(), write_errors(folder.model):
+            _write(model, processor, method, new)
+        folder.replace_model(new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write(model: MoeModel, processor: Processor, method: Method | None, folder: Path) -> None:
+    save_weights(model.module, folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
     if method is not None and method.gate is not None:
-        method.gate.save(new)
-    folder.replace_model(new)
+        method.gate.save(folder)

@@ -1,10 +1,14 @@
-"""Ctrl-C that waits for the end of a step: `deferred_interrupts`."""
+"""Ctrl-C that waits for the end of a step: `deferred_interrupts`, and the `DeferredInterrupt` that it becomes."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+class DeferredInterrupt(KeyboardInterrupt):
+    """An interrupt that has waited: no step is half done, as it may be where KeyboardInterrupt itself is raised."""
 
 
 class Interrupts:
@@ -20,9 +24,9 @@ class Interrupts:
         self._asked = True
 
     def raise_if_asked(self) -> None:
-        """Raise KeyboardInterrupt if one was noted."""
+        """Raise DeferredInterrupt if one was noted."""
         if self._asked:
-            raise KeyboardInterrupt
+            raise DeferredInterrupt
 
 
 @contextmanager

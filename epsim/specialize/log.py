@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from epsim.atomic import whole_file
+from epsim.atomic import whole_file, write_errors
 from epsim.specialize.tasks import StepOutcome
 from epsim.trace.specialization import specialization_index, specialization_score
 
@@ -56,10 +56,11 @@ class Window:
         """Return the sums."""
         return {"num_steps": self._num_steps, "sums": dict(self._sums), "picks": self._picks_LME}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up such sums."""
-        self._num_steps, self._picks_LME = state["num_steps"], state["picks"]
-        self._sums = defaultdict(float, state["sums"])
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take up such sums, for steps on `device`."""
+        picks_LME = state["picks"]
+        self._num_steps, self._picks_LME = state["num_steps"], None if picks_LME is None else picks_LME.to(device)
+        self._sums = defaultdict(float, {name: value.to(device) for name, value in state["sums"].items()})
 
     def means(self) -> Row:
         """Return the mean of each value, and the MSI over all steps of the window (SMoES eq. 19)."""
@@ -92,7 +93,8 @@ class TrainingLog:
         if not self._scores:
             return
         stages, steps, scores = zip(*self._scores, strict=True)
-        with whole_file(self._folder / EXPERTS_FILE) as part, part.open("wb") as file:
+        path = self._folder / EXPERTS_FILE
+        with whole_file(path) as part, write_errors(path), part.open("wb") as file:
             np.savez_compressed(file, stage=np.array(stages), step=np.array(steps), score_WLE=np.stack(scores))
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,7 +113,8 @@ class TrainingLog:
         self._write_rows([dict(zip(COLUMNS, COLUMNS, strict=True)), *self._rows], "w")
 
     def _write_rows(self, rows: list[Row], mode: str) -> None:
-        with (self._folder / LOG_FILE).open(mode, newline="", encoding="utf-8") as file:
+        path = self._folder / LOG_FILE
+        with write_errors(path), path.open(mode, newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="")
             writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
 

@@ -16,7 +16,7 @@ from epsim.capture.modality_gate import ModalityGate
 from epsim.capture.model import MoeModel
 from epsim.scenario.train import MethodSpec, PartitionSpec, SmarSpec, SmoesSpec, SoftSpec
 from epsim.specialize.balance import bin_load_balance, load_balance
-from epsim.specialize.bins import ExpertBins
+from epsim.specialize.bins import ExpertBins, is_of_modality
 from epsim.specialize.information import inter_bin_divergence, inter_bin_information
 from epsim.specialize.routed import RoutedPass
 from epsim.specialize.scores import TrainingScore, make_training_score
@@ -183,8 +183,7 @@ def make_method(spec: MethodSpec, model: MoeModel, seed: int) -> Method:
 
 def has_both(routed: RoutedPass) -> Tensor:
     """Return which samples have tokens of both modalities, bool [B]."""
-    is_text_BS, is_token_BS = routed.is_text_BS, routed.is_token_BS
-    return (is_token_BS & is_text_BS).any(dim=1) & (is_token_BS & ~is_text_BS).any(dim=1)
+    return is_of_modality(routed).any(dim=2).all(dim=0)
 
 
 def trained_parameters(method: Method) -> list[nn.Parameter]:

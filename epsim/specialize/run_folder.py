@@ -1,8 +1,8 @@
 """The folder of a training run: `RunFolder`, whose files are written whole or not at all.
 
-`train.yaml` is the run's YAML, `last.pt` what an interrupted run goes on from, `stage-NAME.pt` the weights at the end
-of a stage, `model/` the trained model as a checkpoint, `results.json` what came out. `log.csv` and `experts.npz` are
-those of `epsim.specialize.log`.
+`train.yaml` is the run's YAML, `last.pt` what an interrupted run goes on from, `stage-NAME.pt` weights and the method's
+state at the end of a stage, `model/` the trained model as a checkpoint, `results.json` what came out.
+`log.csv` and `experts.npz` are those of `epsim.specialize.log`.
 """
 
 import json
@@ -49,8 +49,7 @@ class RunFolder:
             raise InputError(f"-o {self.path}: holds a training run; write --resume to go on with it, or name another")
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path / "train.yaml") as part:
-            part.write_text(train_yaml(spec), encoding="utf-8")
+        _write_text(self.path / "train.yaml", train_yaml(spec))
 
     def resume(self, spec: TrainSpec) -> State:
         """Return the state to go on from. Raises InputError if there is none, or it is of another run."""
@@ -59,7 +58,7 @@ class RunFolder:
         if not self.last.exists():
             raise InputError(f"--resume: {self.path} holds no run to go on with; leave --resume out")
         state = read_state(self.last)
-        if state["spec"] != spec.model_dump(mode="json"):
+        if state.get("spec") != spec.model_dump(mode="json"):
             raise InputError(
                 f"--resume: {self.path} holds a run with another YAML; go on with {self.path / 'train.yaml'}"
             )
@@ -75,8 +74,7 @@ class RunFolder:
 
     def save_results(self, results: State) -> None:
         """Write `results.json`, with which the run is complete, and drop what it would have gone on from."""
-        with whole_file(self.results) as part:
-            part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        _write_text(self.results, json.dumps(results, indent=2) + "\n")
         self.last.unlink(missing_ok=True)
 
     def replace_model(self, new: Path) -> None:
@@ -97,7 +95,7 @@ def common_stages(spec: TrainSpec, other: Path) -> list[str]:
     common: list[str] = []
     if all(ours[key] == theirs.get(key) for key in ("seed", "model", "data")):
         for stage, their_stage in zip(ours["stages"], theirs["stages"], strict=False):
-            same = stage == their_stage and (not stage["specialize"] or ours["method"] == theirs["method"])
+            same = stage == their_stage and (not stage["specialize"] or ours["method"] == theirs.get("method"))
             if not same or not RunFolder(other).stage(stage["name"]).exists():
                 break
             common.append(stage["name"])
@@ -127,9 +125,16 @@ def read_state(path: Path) -> State:
     """Return what `write_state` wrote; raises InputError for a damaged file."""
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; make it readable") from error
     except Exception as error:  # whatever a damaged archive makes torch raise
         raise InputError(f"{path}: is damaged or no state of a run; start the run anew in another folder") from error
     return state
+
+
+def _write_text(path: Path, text: str) -> None:
+    with whole_file(path) as part, write_errors(path):
+        part.write_text(text, encoding="utf-8")
 
 
 def write_state(path: Path, state: State) -> None:

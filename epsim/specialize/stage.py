@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from epsim.capture.forward import Watcher
 from epsim.capture.model import MoeModel
 from epsim.capture.models.device import memory_errors
 from epsim.errors import EpsimError
@@ -79,14 +80,23 @@ class StageRun:
             self.method.detach()
 
     def advance(self) -> None:
-        """Make a step. Raises DivergedError, with weights as they were before it, if its loss is not a number."""
-        with memory_errors(self.model.device):
-            outcome = self.task.run(self.step)
-            objective = outcome.objective
-            torch.autograd.backward(objective)
-            norm = nn.utils.clip_grad_norm_(self._trained, self.stage.gradient_clip)
-            self._require_finite(objective.detach(), norm)
-            self._optimizer.step()
+        """Make a step.
+
+        Raises DivergedError if its loss is not a number, CapacityError if memory runs out; weights and the method's
+        state are then as they were before it.
+        """
+        before = self._method_state()
+        try:
+            with memory_errors(self.model.device, f"stages[{self.stage.name}].batch_size"):
+                outcome = self.task.run(self.step)
+                torch.autograd.backward(outcome.objective)
+                norm = nn.utils.clip_grad_norm_(self._trained, self.stage.gradient_clip)
+                self._require_finite(outcome.objective.detach(), norm)
+                self._optimizer.step()
+        except EpsimError:
+            if self.method is not None:
+                self.method.load_state_dict(before)
+            raise
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.window.add(outcome, norm)
@@ -94,8 +104,16 @@ class StageRun:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step, or of the first."""
+        """Of the step to come."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def watchers(self) -> tuple[Watcher, ...]:
+        """What must be told of every pass while hooks are on the model."""
+        return (self._observer, *(self.method.watchers if self.method else ()))
+
+    def _method_state(self) -> dict[str, Any]:
+        return self.method.state_dict() if self.method else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decides on the steps to come, but for the model's own weights."""
@@ -105,7 +123,7 @@ class StageRun:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "head": self.task.head.state_dict(),
-            "method": self.method.state_dict() if self.method else {},
+            "method": self._method_state(),
             "window": self.window.state_dict(),
             "random": torch.get_rng_state(),
         }
@@ -114,16 +132,16 @@ class StageRun:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Go on from such a state, which may be of another device: then not to the bit."""
         self.step, self.seconds = state["step"], state["seconds"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.task.head.load_state_dict(state["head"])
         if self.method is not None:
             self.method.load_state_dict(state["method"])
-        self.window.load_state_dict(state["window"])
+        self.window.load_state_dict(state["window"], self.model.device)
         torch.set_rng_state(state["random"].cpu())
-        if self.model.device.type == "cuda":
+        if self.model.device.type == "cuda" and "random_cuda" in state:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.model.device)
 
     def _set_trained(self) -> list[nn.Parameter]:

@@ -124,13 +124,11 @@ def training_batch(
     )
 
 
-def cells_batch(
-    processor: Processor, *, batch_size: int, seed: int, stage_index: int, step: int, held_out: bool = False
-) -> CellsBatch:
-    """Return built-in scenes for the task "cells" of a step, on the host, or to be tested on with `held_out`.
+def cells_batch(processor: Processor, *, batch_size: int, seed: int, stage_index: int, step: int) -> CellsBatch:
+    """Return built-in scenes for the task "cells" of a step, on the host.
 
     Files have no cells: whatever a run learns from, these are the built-in scenes.
     """
     rng = np.random.default_rng([_CELLS, seed, stage_index, step])
-    scenes = [random_scene(rng, held_out) for _ in range(batch_size)]
+    scenes = [random_scene(rng, held_out=False) for _ in range(batch_size)]
     return encode_cells(scenes, processor)

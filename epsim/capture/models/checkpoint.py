@@ -1,4 +1,5 @@
-"""Checkpoints on a disk: what they are (`Checkpoint`, `open_checkpoint`) and their weights (`load_weights`).
+"""Checkpoints on a disk: what they are (`Checkpoint`, `open_checkpoint`) and their weights (`load_weights`,
+`save_weights`).
 
 Weights are safetensors, whole or in shards, in the layout of the hub or as transformers saves them. Code that a
 checkpoint brings along is never run.
@@ -114,6 +115,14 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
         raise InputError(f"{checkpoint.folder}: its weights cannot be loaded: {one_line(error)}") from error
     _check_loaded(checkpoint.folder, info)
     return loaded
+
+
+def save_weights(module: PreTrainedModel, folder: Path) -> None:
+    """Write weights and config.json into a folder; raises OSError if that cannot be, as where the disk is full."""
+    try:
+        module.save_pretrained(folder)
+    except SafetensorError as error:  # what its writer makes of an OSError
+        raise OSError(one_line(error)) from error
 
 
 def through_host(device: torch.device) -> bool:

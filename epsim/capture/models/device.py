@@ -57,16 +57,18 @@ def weight_bytes(module: PreTrainedModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def check_memory(needed_bytes: int, device: torch.device, what: str, advice: str) -> None:
+def check_memory(
+    needed_bytes: int, device: torch.device, what: str, advice: str, *, needed_for: str = "weights"
+) -> None:
     """Raise CapacityError if the weights of `what` are larger than the memory that is free on `device`.
 
-    Weights only: what the KV cache and a forward pass need comes on top. Nothing is checked where the operating
-    system does not say what is free. `advice` is what else to write, e.g. "--reduced".
+    `needed_for` says what else `needed_bytes` count. What the KV cache and a forward pass need comes on top. Nothing is
+    checked where the operating system does not say what is free. `advice` is what else to write, e.g. "--reduced".
     """
     free = _free_cuda_bytes(device) if device.type == "cuda" else free_host_bytes()
     if free is not None and needed_bytes > free:
         raise CapacityError(
-            f"{what}: needs {needed_bytes / GB:.1f} GB for its weights, and {device} has {free / GB:.1f} GB free; "
+            f"{what}: needs {needed_bytes / GB:.1f} GB for its {needed_for}, and {device} has {free / GB:.1f} GB free; "
             f"write {advice}"
         )
 
@@ -92,14 +94,14 @@ def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 @contextmanager
-def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn memory that runs out in a forward pass into a CapacityError."""
+def memory_errors(device: torch.device, smaller: str = "--batch-size or --chunk-size") -> Iterator[None]:
+    """Turn memory that runs out in a forward or backward pass into a CapacityError; `smaller`: what may be so."""
     try:
         yield
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU has no error of its own
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise CapacityError(f"{device}: out of memory; write a smaller --batch-size or --chunk-size") from error
+        raise CapacityError(f"{device}: out of memory; write a smaller {smaller}") from error
 
 
 @contextmanager
