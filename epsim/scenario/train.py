@@ -20,7 +20,7 @@ from pydantic import (
 from epsim.scenario.base import NonNegativeInt, PositiveInt, Share, StrictModel
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-Rate = Annotated[float, Field(gt=0, le=10)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Part = Literal["vision", "projector", "language"]
 Text = Annotated[str, Field(min_length=1)]
@@ -137,7 +137,7 @@ class StageSpec(StrictModel):
     trains: Annotated[Sequence[Part], Field(min_length=1), AfterValidator(_different)]
     steps: PositiveInt
     batch_size: PositiveInt = 16
-    learning_rate: Rate
+    learning_rate: LearningRate
     warmup_frac: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
