@@ -64,11 +64,12 @@ def specialise(
 
 def _check(docs: Path | None, config: Path, scenario: Path) -> None:
     """Raise InputError before hours of work that would end in it."""
-    from epsim.atomic import check_folder
+    from epsim.atomic import check_folder, require_replaceable
     from epsim.report.figure import require_matplotlib
 
     if docs is not None:
         require_matplotlib()
+        require_replaceable(docs)
         check_folder(docs.parent / "images")
     for needed in (config, scenario):
         if not needed.exists():
