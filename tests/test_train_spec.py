@@ -217,6 +217,8 @@ MISTAKES = {
     "stages[0].learning_rate=2e-5": 'stages[0].learning_rate: "2e-5" is not a finite number; write e.g. 0.00002',
     "stages[0].learning_rate=fast": 'stages[0].learning_rate: "fast" is not a finite number; write e.g. 0.5',
     "method={kind: smoes, decay: 1}": "method.decay: 1 is not below 1; write a smaller number",
+    "model.hidden_size=65544": "model.hidden_size: 65544 is above 65536; write 65536 or less",
+    "model.num_layers=1001": "model.num_layers: 1001 is above 1000; write 1000 or less",
     # what one field says of another
     "model.topk=65": "model: topk 65 must be at most num_experts 64",
     "model.hidden_size=100": "model: hidden_size 100 must be a multiple of 2 num_heads = 8",
