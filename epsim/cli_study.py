@@ -7,7 +7,7 @@ import typer
 
 from epsim.console import print_in_full
 from epsim.errors import InputError
-from epsim.interrupt import exit_early, run_to_end
+from epsim.interrupt import exit_early, run_to_end, stop_at_hangup
 
 if TYPE_CHECKING:
     from epsim.study.plan import Study
@@ -80,6 +80,7 @@ def _run(study: "Study", scenario: Path, jobs: int) -> "StudyOutcome":
     from epsim.study.specialise import progress, run_study
 
     def run() -> "StudyOutcome | KeyboardInterrupt":
+        stop_at_hangup()
         try:
             return run_study(study, scenario, jobs=jobs, say=_say)
         except KeyboardInterrupt as interrupt:

@@ -1,7 +1,10 @@
 """The study of training methods: its children, what is measured of a run, means over seeds, the page, and errors."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from reference.captured import by_hand, captured_like
 
 from epsim import cli
 from epsim.errors import InputError
+from epsim.interrupt import stop_at_hangup
 from epsim.report.evolution import expert_colour
 from epsim.report.routing_panels import MODALITY_COLOURS, NOTHING_COLOUR
 from epsim.scenario.load_train import train_yaml
@@ -211,6 +215,17 @@ def test_an_interrupt_stops_the_children_once(
         run(study, stub, jobs=1)
     assert time.monotonic() - began < 20
     assert (folder / "stopped.txt").read_text() == "once"
+
+
+@pytest.mark.parametrize(("before", "stops"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_lost_terminal_stops_a_study_but_under_nohup(before: signal.Handlers, stops: bool) -> None:
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        with pytest.raises(KeyboardInterrupt) if stops else contextlib.nullcontext():
+            stop_at_hangup()
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, kept)
 
 
 def test_paths_in_the_working_directory_are_seen_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
