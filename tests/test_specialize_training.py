@@ -211,11 +211,33 @@ def test_the_yaml_in_the_folder_is_that_of_the_run(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())["method"]["kind"] == "smar"
 
 
+def test_a_trained_model_can_be_trained_further(tmp_path: Path) -> None:
+    run(small_spec(), tmp_path / "first")
+    more = f"model={{checkpoint: {tmp_path / 'first' / 'model'}}}"
+    stage = "stages=[{name: instruct, task: multimodal, trains: [language], steps: 2, batch_size: 4,"
+    stage += " learning_rate: 0.001, specialize: true}]"
+    spec = load_train(TRAIN / "digits.yaml", [more, stage, "data.num_test=4", f"method={METHODS['attention']}"])
+    assert run(spec, tmp_path / "second").stopped_by is None
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("language_model" in name or "lm_head" in name for name in changed)
+
+
+def test_a_model_with_a_gate_is_not_trained_further(tmp_path: Path) -> None:
+    run(small_spec(method=METHODS["partition"]), tmp_path / "first")
+    spec = small_spec(f"model={{checkpoint: {tmp_path / 'first' / 'model'}}}")
+    with pytest.raises(InputError, match=r"without modality_gate\.safetensors"):
+        run(spec, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 @pytest.mark.parametrize("method", ["soft", "smar", "partition"])
 def test_the_model_that_is_left_predicts_as_the_one_that_was_trained(tmp_path: Path, method: str) -> None:
     """Weights come back to the bit, and the gate of biases or masks with them."""
     run(small_spec(method=METHODS[method]), tmp_path / "run")
     model = load_model(ModelSource(checkpoint=str(tmp_path / "run" / "model"), dtype="float32", device="cpu"))
+    assert model.name == "OLMoE on digits, soft routing"
     assert (model.modality_gate is not None) == (method != "soft")
     found = model.module.state_dict()
     for name, tensor in weights(tmp_path / "run").items():

@@ -16,7 +16,7 @@ from epsim.capture.models.random_init import draw_weights
 from epsim.capture.models.source import ModelSource
 from epsim.errors import InputError
 from epsim.model import ModelCard
-from epsim.scenario.train import CheckpointSpec, DrawnModelSpec, TrainSpec, VisionSpec
+from epsim.scenario.train import DrawnModelSpec, TrainSpec, VisionSpec
 
 TRAINING_DTYPE = torch.float32  # of weights and optimizer; on CUDA layers compute in bfloat16 under autocast
 BYTES_PER_WEIGHT_BYTE = 4  # the weight, its gradient, AdamW's two moments
@@ -29,10 +29,14 @@ def build_model(spec: TrainSpec, device: str) -> MoeModel:
     Raises InputError for a backbone, sizes or a checkpoint that cannot be trained, CapacityError if weights,
     gradients and optimizer do not fit into the device's memory.
     """
-    if isinstance(spec.model, CheckpointSpec):
-        model = load_model(ModelSource(checkpoint=spec.model.checkpoint, dtype="float32", device=device))
-    else:
-        model = _drawn(spec.model, spec.seed, resolve_device(device))
+    if isinstance(spec.model, DrawnModelSpec):
+        return _drawn(spec.model, spec.seed, resolve_device(device))
+    model = load_model(ModelSource(checkpoint=spec.model.checkpoint, dtype="float32", device=device))
+    if model.modality_gate is not None:
+        raise InputError(
+            f"model.checkpoint: {spec.model.checkpoint} was trained with biases or masks of experts, and these are not "
+            "trained further; write a checkpoint without modality_gate.safetensors"
+        )
     if not model.is_vlm:
         raise InputError(f"model.checkpoint: {model.name} reads text only; write a vision-language model")
     return model

@@ -190,7 +190,7 @@ class _Run:
 
     def _finish(self) -> None:
         self._log.save_experts()
-        export(self._model, self._processor, self._method, self._files)
+        export(self._model, self._processor, self._method, self._files, self._spec.name)
         self._files.save_results(self._final_results())
 
     def _final_results(self) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from epsim.capture.models.random_init import draw_weights, random_config
 from epsim.capture.models.source import ModelSource
 from epsim.errors import InputError
 
+NAME_KEY = "epsim_name"  # in config.json: what a model that epsim trained is called
+
 
 def load_model(source: ModelSource) -> MoeModel:
     """Return the model that `source` names, in evaluation mode on its device, its weights without gradients.
@@ -86,7 +88,9 @@ def _checkpoint(source: ModelSource, dtype: torch.dtype, device: torch.device) -
         checkpoint = _from_hub(source, dtype, device)
         where = {"checkpoint": source.checkpoint, "commit": checkpoint.folder.name}
     return MoeModel(
-        name=known_name(checkpoint.config) or Path(source.checkpoint).name,
+        name=known_name(checkpoint.config)
+        or getattr(checkpoint.config, NAME_KEY, None)
+        or Path(source.checkpoint).name,
         module=load_weights(checkpoint, dtype, device),
         random_weights=False,
         source=where | checkpoint.fingerprint() | circumstances(dtype, device),
