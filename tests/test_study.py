@@ -16,7 +16,7 @@ import pytest
 from reference.captured import by_hand, captured_like
 
 from epsim import cli
-from epsim.errors import InputError
+from epsim.errors import InputError, OutputError
 from epsim.interrupt import stop_at_hangup
 from epsim.report.evolution import expert_colour
 from epsim.report.routing_panels import MODALITY_COLOURS, NOTHING_COLOUR
@@ -180,6 +180,13 @@ def test_a_failed_task_leaves_nothing(tmp_path: Path) -> None:
     failures = run_tasks([task], program=[sys.executable], jobs=1, say=lambda line: None, poll_s=0.01)
     assert failures == [f"one: failed: exit code 3 (all of it: {tmp_path / 'log'})"]
     assert not left.exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    task = Task(label="one", arguments=("-c", ""), log=tmp_path / "log" / "one.txt")
+    with pytest.raises(OutputError, match=r"log/one.txt: cannot be written: "):
+        run_tasks([task], program=[sys.executable], jobs=1, say=lambda line: None, poll_s=0.01)
 
 
 def test_no_more_children_than_jobs(tmp_path: Path) -> None:
