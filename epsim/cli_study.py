@@ -7,7 +7,7 @@ import typer
 
 from epsim.console import print_in_full
 from epsim.errors import InputError
-from epsim.interrupt import exit_early, run_to_end
+from epsim.interrupt import exit_early, run_to_end, stop_at_hangup
 
 if TYPE_CHECKING:
     from epsim.study.plan import Study
@@ -64,11 +64,12 @@ def specialise(
 
 def _check(docs: Path | None, config: Path, scenario: Path) -> None:
     """Raise InputError before hours of work that would end in it."""
-    from epsim.atomic import check_folder
+    from epsim.atomic import check_folder, require_replaceable
     from epsim.report.figure import require_matplotlib
 
     if docs is not None:
         require_matplotlib()
+        require_replaceable(docs)
         check_folder(docs.parent / "images")
     for needed in (config, scenario):
         if not needed.exists():
@@ -79,6 +80,7 @@ def _run(study: "Study", scenario: Path, jobs: int) -> "StudyOutcome":
     from epsim.study.specialise import progress, run_study
 
     def run() -> "StudyOutcome | KeyboardInterrupt":
+        stop_at_hangup()
         try:
             return run_study(study, scenario, jobs=jobs, say=_say)
         except KeyboardInterrupt as interrupt:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a command that takes hours: `run_to_end`, `exit_early`."""
+"""Ctrl-C, SIGTERM and lost terminals during commands that take hours: `run_to_end`, `exit_early`, `stop_at_hangup`."""
 
 import signal
 from collections.abc import Callable
@@ -22,6 +22,16 @@ def run_to_end(run: Callable[[], Outcome], nothing: str) -> Outcome:
         _ignore_signals()
         typer.echo(f"epsim: interrupted before anything was done; {nothing}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def stop_at_hangup() -> None:
+    """Let a terminal that goes away interrupt as Ctrl-C does: children in sessions of their own would go on.
+
+    A program that was started with nohup goes on, too.
+    """
+    number = getattr(signal, "SIGHUP", None)  # there is none on Windows
+    if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+        signal.signal(number, signal.default_int_handler)
 
 
 def exit_early(stopped_by: BaseException, rest: str) -> NoReturn:

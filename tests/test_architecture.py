@@ -159,6 +159,7 @@ def test_importing_the_command_line_is_light() -> None:
 
 
 def test_a_simulation_loads_no_torch() -> None:
-    loaded = loaded_by("import epsim.run, epsim.compare, epsim.report.files, epsim.report.tables")
+    parts = "run", "compare", "report.files", "report.tables", "study.specialise", "study.document"
+    loaded = loaded_by(f"import {', '.join(f'epsim.{part}' for part in parts)}")
     assert "numpy" in loaded
     assert not loaded & {"torch", "transformers", "matplotlib"}

@@ -1,7 +1,10 @@
 """The study of training methods: its children, what is measured of a run, means over seeds, the page, and errors."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +16,8 @@ import pytest
 from reference.captured import by_hand, captured_like
 
 from epsim import cli
-from epsim.errors import InputError
+from epsim.errors import InputError, OutputError
+from epsim.interrupt import stop_at_hangup
 from epsim.report.evolution import expert_colour
 from epsim.report.routing_panels import MODALITY_COLOURS, NOTHING_COLOUR
 from epsim.scenario.load_train import train_yaml
@@ -178,6 +182,13 @@ def test_a_failed_task_leaves_nothing(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    task = Task(label="one", arguments=("-c", ""), log=tmp_path / "log" / "one.txt")
+    with pytest.raises(OutputError, match=r"log/one.txt: cannot be written: "):
+        run_tasks([task], program=[sys.executable], jobs=1, say=lambda line: None, poll_s=0.01)
+
+
 def test_no_more_children_than_jobs(tmp_path: Path) -> None:
     # Each notes when it begins and ends; with two at once, of six, never more than two are under way.
     script = tmp_path / "note.py"
@@ -213,6 +224,17 @@ def test_an_interrupt_stops_the_children_once(
     assert (folder / "stopped.txt").read_text() == "once"
 
 
+@pytest.mark.parametrize(("before", "stops"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_lost_terminal_stops_a_study_but_under_nohup(before: signal.Handlers, stops: bool) -> None:
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        with pytest.raises(KeyboardInterrupt) if stops else contextlib.nullcontext():
+            stop_at_hangup()
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
 def test_paths_in_the_working_directory_are_seen_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shortened(tmp_path / "out" / "study") == Path("out/study")
@@ -226,7 +248,9 @@ def test_paths_in_the_working_directory_are_seen_from_there(tmp_path: Path, monk
 def folder_of_run(tmp_path: Path) -> Path:
     stage = {"image": {"accuracy": 0.5, "standard_error": 0.1, "num_prompts": 25}}
     stage["text"] = {"accuracy": None, "standard_error": None, "num_prompts": 0}  # type: ignore[dict-item]
-    (tmp_path / "results.json").write_text(json.dumps({"stages": {"instruct": stage}}))
+    stages = {"text": {"seconds": 5.0, "taken_from": "soft"}, "instruct": {"seconds": 2.0, **stage}}
+    results = {"stages": stages, "ran_on": {"device": "cpu"}, "num_parameters": 7}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
 
 
@@ -242,6 +266,7 @@ def test_measures_of_a_run_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["num_one_sided_experts"] == 3
     assert found["idle_experts_frac"] == 0
     assert found["accuracy"]["image"]["accuracy"] == 0.5
+    assert found["seconds"] == 2.0  # without the stage that was taken from another run
     # Bins: experts 0, 1 on one device with the prefill, 2, 3 on the other with the decode.
     bins = found["placements"]["modality_bins"]
     assert bins["transfer_ratio"]["without_dedup"] == pytest.approx(
@@ -268,8 +293,14 @@ def test_times_are_of_every_setting_and_batch_size(tmp_path: Path) -> None:
 
 def test_results_that_lack_the_stage_are_one_line(tmp_path: Path) -> None:
     trace = write(tmp_path / "t.arrow", made_up(2))
-    with pytest.raises(InputError, match=r"results.json: has no accuracy of stage other; train the run anew"):
+    with pytest.raises(
+        InputError, match=r"results.json: has no 'other', as a run with stage other has; train the run a"
+    ):
         measure(folder_of_run(tmp_path), trace, SCENARIO, stage="other")
+    for damaged in ("{", "[]", '{"stages": 3}', '{"stages": {"instruct": {}}}'):
+        (tmp_path / "results.json").write_text(damaged)
+        with pytest.raises(InputError, match="train the run anew"):
+            measure(tmp_path, trace, SCENARIO, stage="instruct")
 
 
 # means over seeds
@@ -360,7 +391,7 @@ def test_sentences_follow_from_the_figures(summary: Summary) -> None:
     # 0.1 in errors of sqrt(2) x 0.02 / sqrt(2 seeds) = 0.02: 5 of them.
     assert "2 exceed 2 standard errors" in claims.accuracy_differences(summary)
     assert "`smar`, image (+5.0)" in claims.accuracy_differences(summary)
-    assert claims.prompt_error(summary, "soft", "image") == pytest.approx(0.02 / 2**0.5)
+    assert claims.prompt_error(summary, "soft", "image") == pytest.approx(0.02)  # however many seeds
     assert "`soft`, contiguous: 50.0 %; `soft`, modality bins: 40.0 %" in claims.placement_alone(summary)
     assert "from 62 % (`smar`) to 62 % (`soft`)" in claims.uneven_devices(summary)
     assert claims.transfer_signs(summary) == ""  # SMAR is not in table S10
@@ -485,6 +516,22 @@ def test_nothing_complete_is_an_error(study: Study, stub: tuple[str, ...]) -> No
         (("-o", "out", "--methods", "x"), '--methods: "x" is not a method; write some of soft,'),
         (("-o", "out", "--config", "nowhere"), "nowhere: is not there; run in the root of epsim's repository, or"),
         (("-o", "out", "--config", str(CONFIG), "--scenario", "no.yaml"), "no.yaml: is not there; run in the root"),
+        (
+            ("-o", "out", "--config", str(CONFIG), "--scenario", "file.txt"),
+            "file.txt: the file is empty; write the fields",
+        ),
+        (
+            ("-o", "out", "--config", str(CONFIG), "--scenario", str(SCENARIO), "--docs", "."),
+            ".: it is a directory; name",
+        ),
+        (
+            ("-o", "out", "--config", str(CONFIG), "--scenario", str(SCENARIO), "--set", "seed=3"),
+            "write how many with --s",
+        ),
+        (
+            ("-o", "out", "--config", str(CONFIG), "--scenario", str(SCENARIO), "--set", "method[kind]=soft"),
+            "methods are",
+        ),
         (("-o", "file.txt", "--config", str(CONFIG), "--scenario", str(SCENARIO)), "file.txt is not a folder"),
         (("-o", "out", "--config", str(CONFIG), "--scenario", str(SCENARIO), "--set", "x=1"), "x: is not a known"),
     ],

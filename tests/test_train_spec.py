@@ -146,8 +146,9 @@ def test_a_checkpoint_and_a_drawn_model_take_each_others_place(minimal: Path) ->
     drawn = ["model.hidden_size=64"]
     checkpoint = load_train(minimal, [*drawn, "model.checkpoint=owner/model"])
     assert checkpoint.model == CheckpointSpec(checkpoint="owner/model")
-    again = load_train(minimal, [*drawn, "model.checkpoint=owner/model", "model.backbone=mixtral"])
-    assert again.model == DrawnModelSpec(backbone="mixtral")
+    for backbone in ("model.backbone", "model[backbone]"):
+        again = load_train(minimal, [*drawn, "model.checkpoint=owner/model", f"{backbone}=mixtral"])
+        assert again.model == DrawnModelSpec(backbone="mixtral")
     assert load_train(minimal, [*drawn, "model.backbone=mixtral"]).model == DrawnModelSpec(
         backbone="mixtral", hidden_size=64
     )
@@ -217,6 +218,8 @@ MISTAKES = {
     "stages[0].learning_rate=2e-5": 'stages[0].learning_rate: "2e-5" is not a finite number; write e.g. 0.00002',
     "stages[0].learning_rate=fast": 'stages[0].learning_rate: "fast" is not a finite number; write e.g. 0.5',
     "method={kind: smoes, decay: 1}": "method.decay: 1 is not below 1; write a smaller number",
+    "model.hidden_size=65544": "model.hidden_size: 65544 is above 65536; write 65536 or less",
+    "model.num_layers=1001": "model.num_layers: 1001 is above 1000; write 1000 or less",
     # what one field says of another
     "model.topk=65": "model: topk 65 must be at most num_experts 64",
     "model.hidden_size=100": "model: hidden_size 100 must be a multiple of 2 num_heads = 8",
@@ -274,6 +277,10 @@ FILES = {
     "base:": "a.yaml: base: null is not a path; write that of a training file, or leave it out",
     "base: b.yaml": "a.yaml: base: b.yaml: cannot be read: No such file or directory; "
     "write the path of a training file",
+    "base: loop.yaml": "a.yaml: base: loop.yaml: cannot be read: Too many levels of symbolic links; "
+    "write the path of a training file",
+    'base: "a\\0"': r'a.yaml: base: "a\u0000" is not a path; write that of a training file, or leave it out',
+    "overrides: 0": "overrides: 0 is not a mapping of paths to values; write e.g. {stages[instruct].steps: 300}",
     "base: a.yaml": 'a.yaml: base: "a.yaml" leads back to itself; write all fields into one of the files',
     "overrides: [a]": 'overrides: ["a"] is not a mapping of paths to values; write e.g. {stages[instruct].steps: 300}',
     "overrides: {stages.x: 1}": 'overrides "stages.x": there is no entry x; write one of 0 to 1, text, instruct',
@@ -285,6 +292,7 @@ def test_a_file_that_is_wrong(text: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     written = yaml.safe_dump(MINIMAL) + text if "stages.x" in text else text
     Path("a.yaml").write_text(written)
+    Path("loop.yaml").symlink_to("loop.yaml")
     assert mistake(Path("a.yaml")) == FILES[text]
 
 

@@ -4,6 +4,7 @@ A file may build on another, `base: FILE`: its own top-level keys replace those 
 relative to that file, a path in an override of the command line to the working directory.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,12 @@ def _absolute(spec: TrainSpec) -> TrainSpec:
     return spec.model_copy(update=changed)
 
 
-def _with_base(path: Path, above: tuple[Path, ...], where: str = "") -> dict[str, Any]:
+def _with_base(path: Path, above: tuple[str, ...], where: str = "") -> dict[str, Any]:
     """Return the mapping of a file on top of its base's; above: the files, resolved, that led here."""
     written = read_mapping(path, _NOUN, where)
     _require_known_keys(written)
     own = own_overrides(written, f"{_EXAMPLE}: 300")
-    above = (*above, path.resolve())
+    above = (*above, os.path.realpath(path))
     raw = _base(path, written.pop("base"), above) if "base" in written else {}
     raw |= {key: _anchored(key, value, path.parent) for key, value in written.items()}
     for target, value in own.items():
@@ -73,12 +74,12 @@ def _with_base(path: Path, above: tuple[Path, ...], where: str = "") -> dict[str
     return raw
 
 
-def _base(path: Path, name: Any, above: tuple[Path, ...]) -> dict[str, Any]:
+def _base(path: Path, name: Any, above: tuple[str, ...]) -> dict[str, Any]:
     """Return the mapping of the file that another names as its base."""
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or "\0" in name:
         raise ScenarioError(f"{path}: base: {show(name)} is not a path; write that of a training file, or leave it out")
     base = path.parent / name
-    if base.resolve() in above:
+    if os.path.realpath(base) in above:
         raise ScenarioError(f"{path}: base: {show(name)} leads back to itself; write all fields into one of the files")
     return _with_base(base, above, f"{path}: base: ")
 
@@ -94,7 +95,7 @@ def _require_known_keys(written: Mapping[Any, Any]) -> None:
 def _set(raw: dict[str, Any], target: str, value: Any, origin: str = "--set") -> None:
     """Set one field, in place; another method, and a checkpoint or drawn model instead of the other, starts afresh."""
     model = raw.get("model")
-    if target == "model.backbone" and isinstance(model, dict) and "checkpoint" in model:
+    if target in ("model.backbone", "model[backbone]") and isinstance(model, dict) and "checkpoint" in model:
         raw["model"] = {}
     _RULES.set_field(raw, target, value, origin)
 

@@ -30,10 +30,10 @@ def split_override(text: str, example: str = "transmission.mode=async") -> tuple
 
 def own_overrides(written: dict[str, Any], example: str) -> dict[Any, Any]:
     """Take the `overrides` of a file out of its mapping and return them. example: for messages."""
-    own = written.pop("overrides", None) or {}
-    if not isinstance(own, dict):
+    own = written.pop("overrides", None)
+    if not isinstance(own, dict | None):
         raise ScenarioError(f"overrides: {show(own)} is not a mapping of paths to values; write e.g. {{{example}}}")
-    return own
+    return own or {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,10 @@ from pydantic import (
 from epsim.scenario.base import NonNegativeInt, PositiveInt, Share, StrictModel
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-Rate = Annotated[float, Field(gt=0, le=10)]
+Width = Annotated[int, Field(gt=0, le=2**16)]  # what is larger fits into no memory
+Depth = Annotated[int, Field(gt=0, le=1000)]
+Count = Annotated[int, Field(gt=0, le=10**6)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Part = Literal["vision", "projector", "language"]
 Text = Annotated[str, Field(min_length=1)]
@@ -31,11 +34,11 @@ StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
 class VisionSpec(StrictModel):
     """A CLIP vision encoder; an image is (image_size / patch_size)^2 tokens."""
 
-    image_size: PositiveInt = 64
-    patch_size: PositiveInt = 8
-    hidden_size: PositiveInt = 64
-    num_layers: PositiveInt = 2
-    num_heads: PositiveInt = 4
+    image_size: Width = 64
+    patch_size: Width = 8
+    hidden_size: Width = 64
+    num_layers: Depth = 2
+    num_heads: Width = 4
 
     @model_validator(mode="after")
     def _whole_patches(self) -> Self:
@@ -51,12 +54,12 @@ class DrawnModelSpec(StrictModel):
 
     backbone: Backbone
     full_size: bool = False
-    num_layers: PositiveInt = 4
-    hidden_size: PositiveInt = 128
-    num_heads: PositiveInt = 4
-    num_experts: PositiveInt = 64
-    topk: PositiveInt = 8
-    expert_ffn_size: PositiveInt = 64
+    num_layers: Depth = 4
+    hidden_size: Width = 128
+    num_heads: Width = 4
+    num_experts: Width = 64
+    topk: Width = 8
+    expert_ffn_size: Width = 64
     vision: VisionSpec = VisionSpec()
 
     @model_validator(mode="after")
@@ -107,8 +110,8 @@ class DataSpec(StrictModel):
 
     train: Text | None = None
     test: Text | None = None
-    num_test: PositiveInt = 400
-    num_test_text: NonNegativeInt = 200
+    num_test: Count = 400
+    num_test_text: Annotated[int, Field(ge=0, le=10**6)] = 200
 
     @model_validator(mode="after")
     def _both_files(self) -> Self:
@@ -136,8 +139,8 @@ class StageSpec(StrictModel):
     task: Literal["cells", "text", "multimodal"]
     trains: Annotated[Sequence[Part], Field(min_length=1), AfterValidator(_different)]
     steps: PositiveInt
-    batch_size: PositiveInt = 16
-    learning_rate: Rate
+    batch_size: Width = 16
+    learning_rate: LearningRate
     warmup_frac: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from epsim.atomic import write_errors
+
 POLL_S = 0.2
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -38,8 +40,9 @@ def run_tasks(
 ) -> list[str]:
     """Run all tasks, `jobs` at once, in their order as far as needs allow; `say` a line as each ends.
 
-    Returns a line for each that failed or, for want of another, was not run. KeyboardInterrupt passes through once all
-    children have ended; at a second one they are killed.
+    Returns a line for each that failed or, for want of another, was not run. Raises OutputError where what
+    a task prints cannot be written. KeyboardInterrupt passes through once all children have ended; at a second one they
+    are killed.
     """
     pool = _Pool(tasks, program, say)
     try:
@@ -119,12 +122,15 @@ class _Pool:
 
     def _remove_left(self, task: Task) -> None:
         if task.leaves is not None:
-            task.leaves.unlink(missing_ok=True)
+            with write_errors(task.leaves):
+                task.leaves.unlink(missing_ok=True)
 
 
 def _started(task: Task, program: Sequence[str]) -> subprocess.Popen[bytes]:
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    with task.log.open("wb") as log:
+    with write_errors(task.log):
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        log = task.log.open("wb")
+    with log:
         return subprocess.Popen(
             [*program, *task.arguments],
             stdin=subprocess.DEVNULL,

@@ -1,7 +1,9 @@
 """Sentences of docs/specialise.md that follow from figures: each is a function of a `Summary`."""
 
+from collections.abc import Mapping
 from itertools import combinations
 from math import hypot
+from statistics import fmean
 
 from epsim.study.methods import IN_TABLE_S10, published_specialisation
 from epsim.study.published import WAYS, transfer_changes
@@ -63,7 +65,10 @@ def infinite_distances(summary: Summary) -> str:
 
 
 def accuracy_differences(summary: Summary) -> str:
-    """Return how many differences to soft routing go beyond what the number of test prompts allows."""
+    """Return how many differences to soft routing go beyond what the number of test prompts allows.
+
+    All models answer the same prompts: equal ones differ by no more than two independent samples of prompts would.
+    """
     far, number = [], 0
     for method in summary.methods:
         for kind in KINDS:
@@ -76,8 +81,8 @@ def accuracy_differences(summary: Summary) -> str:
         return ""
     return (
         f"Of {number} differences to soft routing, {len(far)} exceed {MANY_ERRORS:g} standard errors of the prompts "
-        f"(one in twenty would by chance, were there no difference at all)"
-        + (f": {'; '.join(far)} standard errors." if far else ".")
+        f"(at most one in twenty would by chance, if all models answered every prompt with the same probability; other "
+        f"seeds move accuracies too, which ± shows)" + (f": {'; '.join(far)} standard errors." if far else ".")
     )
 
 
@@ -90,18 +95,26 @@ def _distance(summary: Summary, method: str, kind: str) -> float | None:
 
 
 def _accuracy(summary: Summary, method: str, kind: str) -> tuple[float, float] | None:
-    """Return the mean over seeds, and its standard error from the number of prompts alone."""
-    found = [run["accuracy"][kind] for run in summary.runs(method) if run["accuracy"][kind]["accuracy"] is not None]
+    """Return the mean over seeds, and its standard error were the prompts of every seed others."""
+    found = _accuracies(summary, method, kind)
     if not found:
         return None
-    mean = sum(one["accuracy"] for one in found) / len(found)
+    mean = fmean(one["accuracy"] for one in found)
     return mean, hypot(*(one["standard_error"] for one in found)) / len(found)
 
 
 def prompt_error(summary: Summary, method: str, kind: str) -> float | None:
-    """Return the standard error of a mean accuracy that the number of prompts alone makes."""
-    found = _accuracy(summary, method, kind)
-    return None if found is None else found[1]
+    """Return the standard error of an accuracy that the number of prompts alone makes, mean over seeds.
+
+    More seeds do not bring it down: the prompts are the same for all.
+    """
+    found = [one["standard_error"] for one in _accuracies(summary, method, kind)]
+    return fmean(found) if found else None
+
+
+def _accuracies(summary: Summary, method: str, kind: str) -> list[Mapping[str, float]]:
+    """Return accuracy and standard error of the runs that have them."""
+    return [run["accuracy"][kind] for run in summary.runs(method) if run["accuracy"][kind]["accuracy"] is not None]
 
 
 def placement_alone(summary: Summary) -> str:

@@ -47,14 +47,7 @@ def document(study: Mapping[str, Any], path: Path, figures: Collection[str]) -> 
         prose.ACCURACY.format(**words),
         sections.accuracy_table(summary),
         claims.accuracy_differences(summary),
-        prose.TRANSFER.format(**words),
-        sections.transfer_table(summary),
-        " ".join((claims.placement_alone(summary), claims.transfer_signs(summary))),
-        prose.TRANSFER_PAPER,
-        sections.transfer_paper_table(),
-        prose.LOAD.format(**words),
-        sections.load_table(summary),
-        claims.uneven_devices(summary),
+        *_transfer(summary, words),
         prose.TIMES.format(**words),
         sections.times_table(summary),
         prose.TIMES_PAPER,
@@ -110,6 +103,20 @@ def _specialisation(summary: Summary, figures: Collection[str], words: Mapping[s
         parts.append(prose.EVOLUTION.format(**words))
     fusion = [_figure(figures, f"fusion-{method}", f"Modality scores, {method}-soft") for method in FUSION]
     return [*parts, prose.FUSION, *fusion] if any(fusion) else parts
+
+
+def _transfer(summary: Summary, words: Mapping[str, str]) -> list[str]:
+    """Return the sections on what crosses between devices, and on their load."""
+    return [
+        prose.TRANSFER.format(**words),
+        sections.transfer_table(summary),
+        " ".join((claims.placement_alone(summary), claims.transfer_signs(summary))),
+        prose.TRANSFER_PAPER,
+        sections.transfer_paper_table(),
+        prose.LOAD.format(**words),
+        sections.load_table(summary),
+        claims.uneven_devices(summary),
+    ]
 
 
 def _figure(figures: Collection[str], name: str, words: str) -> str:

@@ -20,7 +20,7 @@ from epsim.trace.file import TraceFile
 from epsim.trace_stats import Spread, sample_request, trace_stats
 
 ROUTING = ("soft", "attention")
-FUSION = {"attention": "attention", "gaussian": "gaussian"}  # a method, and the estimator that is shown
+FUSION = ("attention", "gaussian")  # methods, and the scores of these names
 EVOLUTION = ("soft", "attention")
 MRD = ("soft", "attention", "smar")
 PREFIX = "specialise-"
@@ -81,7 +81,7 @@ def _routing(summary: Summary, folder: StudyFolder, method: str) -> Mapping[str,
     if method in ROUTING:
         wanted["routing-distribution.png"] = f"{PREFIX}routing-{method}.png"
     if method in FUSION:
-        wanted[f"modality-scores-{FUSION[method]}.png"] = f"{PREFIX}fusion-{method}.png"
+        wanted[f"modality-scores-{method}.png"] = f"{PREFIX}fusion-{method}.png"
     if not wanted:
         return {}
     trace = TraceFile.open(folder.trace(summary.runs(method)[0]["seed"], method))

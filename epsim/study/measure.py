@@ -29,34 +29,34 @@ def measure(run: Path, trace: Path, scenario: Path, *, stage: str) -> dict[str, 
     }
     any_stats = stats[PLACEMENTS[0]]  # specialisation does not depend on placement
     return {
+        **training_results(run, stage),
         **_specialisation(any_stats),
-        "accuracy": accuracy(run, stage),
         "placements": {name: _placement(own) for name, own in stats.items()},
         "times": simulated_times(scenario, trace),
         "trace": {name: any_stats["trace"][name] for name in ("num_requests", "num_tokens", "num_experts", "topk")},
     }
 
 
-def accuracy(run: Path, stage: str) -> dict[str, Any]:
-    """Return accuracy, standard error and number of prompts with (`image`) and without one (`text`) after a stage."""
-    results = read_results(run)
-    try:
-        found = results["stages"][stage]
-        return {kind: dict(found[kind]) for kind in ("image", "text")}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{run / 'results.json'}: has no accuracy of stage {stage}; train the run anew") from error
+def training_results(run: Path, stage: str) -> dict[str, Any]:
+    """Return what `results.json` of a run says of its training. Raises InputError if that cannot be read, or lacks it.
 
-
-def read_results(run: Path) -> dict[str, Any]:
-    """Return `results.json` of a run. Raises InputError if it cannot be read."""
+    seconds: of the stages that were not taken from another run. accuracy: after `stage`, with its standard error and
+    number of prompts, with (`image`) and without one (`text`).
+    """
     path = run / "results.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        stages = results["stages"]
+        return {
+            "seconds": sum(own["seconds"] for own in stages.values() if "taken_from" not in own),
+            "ran_on": results["ran_on"],
+            "num_parameters": results["num_parameters"],
+            "accuracy": {kind: dict(stages[stage][kind]) for kind in ("image", "text")},
+        }
+    except KeyError as error:
+        raise InputError(f"{path}: has no {error}, as a run with stage {stage} has; train the run anew") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read; train the run anew") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: is not the results of a run; train the run anew")
-    return content
 
 
 def _specialisation(stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What a study must still train and capture: `Study`, its files (`StudyFolder`), and its `tasks`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from epsim.errors import InputError, TraceError
 from epsim.scenario.load_train import load_train
+from epsim.scenario.override import split_override
 from epsim.scenario.train import TrainSpec
 from epsim.scenario.yaml_text import parse_yaml
 from epsim.study.children import Task
@@ -57,6 +59,15 @@ class Study:
     num_seeds: int
     config: Path
     overrides: tuple[str, ...] = ()
+
+    def check_overrides(self) -> None:
+        """Raise InputError for one that sets what a study compares: the seed, or the kind of method."""
+        for text in self.overrides:
+            steps = re.findall(r"[^.\[\]]+", split_override(text)[0])
+            if steps[:1] == ["seed"]:
+                raise InputError(f'--set "{text}": a study has seeds of its own; write how many with --seeds')
+            if steps in (["method"], ["method", "kind"]):
+                raise InputError(f'--set "{text}": methods are what a study compares; choose some with --methods')
 
     @property
     def cases(self) -> list[tuple[int, str]]:

@@ -39,8 +39,9 @@ trace."""
 ACCURACY = """## Accuracy: not reproduced
 
 Share of held-out questions about scenes of digits that are answered exactly right; mean over seeds ± standard error
-over seeds, and the standard error that the number of prompts alone makes. Beside it stands the paper's change of mean
-accuracy against soft routing, over public benchmarks. Neither says anything of the other: the questions are others, and
+over seeds, and the standard error that the number of prompts alone makes, which more seeds do not bring down: all
+answer the same prompts. Beside it stands the paper's change of mean accuracy against soft routing, over public
+benchmarks. Neither says anything of the other: the questions are others, and
 the paper's language benchmarks test knowledge that a model without pretraining does not have to lose.
 
 One value: `results.json` of `epsim train {config}/attention.yaml --start {folder}/seed-0/soft -o DIR`."""

@@ -15,10 +15,10 @@ from epsim.atomic import check_folder, whole_file
 from epsim.errors import EpsimError, InputError
 from epsim.scenario.train import TrainSpec
 from epsim.study.children import run_tasks
-from epsim.study.measure import measure, read_results
+from epsim.study.measure import measure
 from epsim.study.methods import BASE, METHODS
 from epsim.study.plan import NUM_REQUESTS, Study, is_complete
-from epsim.study.times import BASELINE
+from epsim.study.times import BASELINE, check_scenario
 
 EPSIM = (sys.executable, "-m", "epsim")
 _LIBRARIES = ("numpy", "pyarrow")
@@ -41,7 +41,9 @@ def run_study(study: Study, scenario: Path, *, jobs: int, say: Say, program: Seq
     anything runs if files are wrong, after it if there is nothing to measure.
     """
     check_folder(study.folder.path)
+    check_scenario(scenario)
     specs = {method: study.spec(0, method) for method in study.methods}
+    study.check_overrides()
     stages = {method: specialised_stage(spec) for method, spec in specs.items()}
     tasks = study.tasks()
     if tasks:
@@ -78,13 +80,9 @@ def progress(study: Study) -> str:
 def _measured(study: Study, scenario: Path, seed: int, method: str, stage: str) -> dict[str, Any]:
     run, trace = study.folder.run(seed, method), study.folder.trace(seed, method)
     try:
-        found = measure(run, trace, scenario, stage=stage)
-        results = read_results(run)
+        return {"seed": seed, "method": method, **measure(run, trace, scenario, stage=stage)}
     except EpsimError as error:
         raise type(error)(f"seed {seed}, {method}: {error}") from error
-    seconds = sum(own["seconds"] for own in results["stages"].values() if "taken_from" not in own)
-    about = {"seed": seed, "method": method, "seconds": seconds, "ran_on": results["ran_on"]}
-    return about | {"num_parameters": results["num_parameters"]} | found
 
 
 def _header(study: Study, scenario: Path, spec: TrainSpec, stages: dict[str, str]) -> dict[str, Any]:
