@@ -63,7 +63,8 @@ def train(
     for line in outcome.lines:
         typer.echo(line)
     if outcome.stopped_by is not None:
-        exit_early(outcome.stopped_by, _way_on(folder, outcome.num_steps, resume=resume))
+        way_on = _way_on(folder, outcome.num_steps, resume=resume) if outcome.can_go_on else _way_around(folder)
+        exit_early(outcome.stopped_by, way_on)
 
 
 def _checked_folder(training: Path, output: Path | None, start: Path | None, threads: int | None) -> Path:
@@ -88,3 +89,9 @@ def _way_on(folder: Path, num_steps: int, *, resume: bool) -> str:
     if (folder / "last.pt").exists():
         return f"{folder} holds {num_steps} step{plural}; go on with: {shlex.join(words)}"
     return f"{folder} holds nothing to go on from; start again"
+
+
+def _way_around(folder: Path) -> str:
+    """Return how to begin again with other settings, from the stages that are complete, if any are."""
+    start = f", with --start {folder} for the stages that are complete" if list(folder.glob("stage-*.pt")) else ""
+    return f"{folder} holds the last good step; begin again into another folder{start}"

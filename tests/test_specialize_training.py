@@ -350,7 +350,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_step(tmp_
     assert f"step {last['stage']['step'] + 1}:" in str(outcome.stopped_by)
 
 
-@pytest.mark.parametrize(("resume", "message"), [(False, "holds a training run"), (True, "the run in .* is complete")])
+@pytest.mark.parametrize(("resume", "message"), [(False, "run that is complete"), (True, "the run in .* is complete")])
 def test_a_run_that_is_complete_is_not_run_over(tmp_path: Path, resume: bool, message: str) -> None:
     run(small_spec(), tmp_path / "run")
     with pytest.raises(InputError, match=message):

@@ -314,6 +314,7 @@ class Outcome:
     folder: Path
     num_steps: int = 8
     stopped_by: KeyboardInterrupt | EpsimError | None = None
+    can_go_on: bool = True
     lines: list[str] = field(default_factory=lambda: ["all went well"])
 
 
@@ -435,6 +436,18 @@ def test_an_error_after_some_steps(cli: Cli) -> None:
     assert code == 2
     way = "epsim train minimal.yaml -o run --resume"
     assert err.splitlines()[1:] == [f"epsim: no room on the disk; run holds 8 steps; go on with: {way}"]
+
+
+def test_a_run_that_diverged_is_not_gone_on_with(cli: Cli) -> None:
+    def diverged(folder: Path) -> Outcome:
+        folder.mkdir()
+        (folder / "stage-text.pt").touch()
+        return Outcome(folder, stopped_by=EpsimError("loss is nan"), lines=[], can_go_on=False)
+
+    cli.training.end = diverged
+    code, _, err = cli("minimal.yaml", "-o", "run")
+    way = "begin again into another folder, with --start run for the stages that are complete"
+    assert (code, err.splitlines()[1]) == (2, f"epsim: loss is nan; run holds the last good step; {way}")
 
 
 def test_interrupted_before_there_is_anything_to_go_on_from(cli: Cli) -> None:

@@ -23,7 +23,7 @@ from epsim.specialize.log import TrainingLog, Window
 from epsim.specialize.methods import Method, make_method
 from epsim.specialize.run_folder import RunFolder, State, common_stages, read_state, write_state
 from epsim.specialize.source import ExampleSource
-from epsim.specialize.stage import StageRun
+from epsim.specialize.stage import DivergedError, StageRun
 
 CountSteps = Callable[[str, int], AbstractContextManager[Callable[[int, str], None]]]  # a stage and its steps: a bar
 
@@ -39,6 +39,11 @@ class TrainOutcome:
     folder: Path
     stopped_by: KeyboardInterrupt | EpsimError | None
     lines: list[str]
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether to go on from `last.pt` makes sense: a run that diverged would diverge again."""
+        return not isinstance(self.stopped_by, DivergedError)
 
 
 def train(

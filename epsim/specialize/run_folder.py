@@ -45,10 +45,14 @@ class RunFolder:
     def begin(self, spec: TrainSpec) -> None:
         """Make the folder of a new run. Raises InputError if it holds another already."""
         check_folder(self.path)
-        if self.last.exists() or self.results.exists():
+        if self.results.exists():
+            raise InputError(f"-o {self.path}: holds a training run that is complete; name another folder")
+        if self.last.exists():
             raise InputError(f"-o {self.path}: holds a training run; write --resume to go on with it, or name another")
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            for stage in self.path.glob("stage-*.pt"):  # of a run that was killed before its first `last.pt`
+                stage.unlink()
         _write_text(self.path / "train.yaml", train_yaml(spec))
 
     def resume(self, spec: TrainSpec) -> State:
