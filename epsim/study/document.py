@@ -152,7 +152,7 @@ def _model(model: Mapping[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in model.items())
     return (
         f"{model['num_layers']} layers of {model['backbone']}'s architecture, hidden size {model['hidden_size']}, "
-        f"{model['num_experts']} experts of {model['expert_ffn_size']}, top-{model['topk']}"
+        f"{model['num_experts']} experts with an inner size of {model['expert_ffn_size']}, top-{model['topk']}"
     )
 
 
