@@ -27,7 +27,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The traces that ship, made anew: trains six small models on the CPU, half an hour on two idle cores.
+# The traces that ship, made anew: trains six small models on the CPU, some ten minutes on two idle cores.
 TRACED := soft attention gaussian smar hard moiie
 traces: $(VENV)/dev.stamp
 	$(BIN)/epsim study specialise -o out/traces --seeds 1 --methods $(shell echo $(TRACED) | tr ' ' ',')
