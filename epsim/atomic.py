@@ -35,10 +35,11 @@ def check_folder(folder: Path) -> None:
     """Raise OutputError if files can surely not be written into a folder, which need not be there yet."""
     with write_errors(folder):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    which = "" if there == folder else f"{there} "
     if not there.is_dir():
-        raise OutputError(f"{folder}: {there} is not a folder; name another path")
+        raise OutputError(f"{folder}: {which}is not a folder; name another path")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: {there} is not writable; name another path")
+        raise OutputError(f"{folder}: {which}is not writable; name another path")
 
 
 def check_file(path: Path) -> None:

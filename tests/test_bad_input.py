@@ -510,7 +510,7 @@ def test_comparison(name: str, folder: Path, complaint: Complaint) -> None:
 
 
 OUTPUTS = {
-    ("simulate", "tiny.yaml", "--out", "tiny.yaml"): "tiny.yaml: {folder}tiny.yaml is not a folder; name another path",
+    ("simulate", "tiny.yaml", "--out", "tiny.yaml"): "tiny.yaml: is not a folder; name another path",
     ("simulate", "tiny.yaml", "--out", "tiny.yaml/a"): "tiny.yaml/a: {folder}tiny.yaml is not a folder; "
     "name another path",
     ("compare", "tiny.yaml", MODES, "--csv", "."): ".: it is a directory; name a file to write",

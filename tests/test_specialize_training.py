@@ -26,7 +26,7 @@ from epsim.specialize.command import TrainOutcome, train
 from epsim.specialize.interrupt import DeferredInterrupt
 from epsim.specialize.log import Window
 from epsim.specialize.observer import GateObserver
-from epsim.specialize.run_folder import read_state
+from epsim.specialize.run_folder import RunFolder, read_state
 from epsim.specialize.tasks import StepOutcome
 
 TRAIN = Path(__file__).parent.parent / "scenarios" / "train"
@@ -357,9 +357,33 @@ def test_a_run_that_is_complete_is_not_run_over(tmp_path: Path, resume: bool, me
         run(small_spec(), tmp_path / "run", resume=resume)
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(InputError, match="another process trains into it"):
+        run(small_spec(), tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        run(small_spec(), tmp_path / "run")
+
+
+def test_a_stage_that_is_complete_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the first steps of align, before any checkpoint of that stage."""
+    spec = small_spec("checkpoint_every=100")
+    run(spec, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "Window", Killed(4))  # a row of vision, two of text, one of align
+        with pytest.raises(SystemExit):
+            run(spec, tmp_path / "cut")
+    assert read_state(tmp_path / "cut" / "last.pt")["stage"] is None
+    (tmp_path / "cut" / "stage-text.pt").unlink()
+    run(spec, tmp_path / "cut", resume=True)
+    assert not (tmp_path / "cut" / "stage-text.pt").exists()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
     train(small_spec(), tmp_path / "run", device="cpu", num_threads=1, count=StopAt("text", 2), say=lambda line: None)
-    with pytest.raises(InputError, match="another YAML"):
+    with pytest.raises(InputError, match=r"another YAML \(stages\[3\].steps is 6 there and 7 here\)"):
         run(small_spec("stages[instruct].steps=7"), tmp_path / "run", resume=True)
     (tmp_path / "run" / "last.pt").write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(InputError, match="is damaged"):

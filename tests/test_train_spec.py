@@ -402,7 +402,7 @@ def test_show_prints_a_training_file_and_trains_nothing(cli: Cli) -> None:
         ([], "train: no folder to write; write e.g. epsim train minimal.yaml -o out/minimal"),
         (["-o", "run", "--threads", "0"], "--threads 0: must be from 1 to 1024"),
         (["-o", "run", "--start", "x"], "--start x: is not a folder; write the one of an earlier run"),
-        (["-o", "minimal.yaml"], "minimal.yaml: minimal.yaml is not a folder; name another path"),
+        (["-o", "minimal.yaml"], "minimal.yaml: is not a folder; name another path"),
         (["-o", "run", "--set", "seed=x"], 'seed: "x" is not a whole number; write e.g. 1'),
     ],
 )

@@ -88,7 +88,7 @@ def _small_card(card: ModelCard, spec: DrawnModelSpec) -> ModelCard:
     moe = replace(small.moe, num_experts=spec.num_experts, topk=spec.topk)
     return replace(
         small,
-        name=f"{card.name}, {spec.num_layers} layers of {spec.hidden_size}",
+        name=f"{spec.backbone}, {spec.num_layers} layers, {spec.hidden_size} wide",
         num_layers=spec.num_layers,
         vocab_size=BYTE_VOCABULARY,
         moe=moe,

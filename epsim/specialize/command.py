@@ -75,16 +75,17 @@ def train(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     model = build_model(spec, device)
-    if state is None:
-        files.begin(spec)
-    run = _Run(spec, files, model, count, say)
-    say(f"{model.name}: {len(spec.stages)} stages, {sum(stage.steps for stage in spec.stages)} steps on {model.device}")
-    if state is not None:
-        run.load_state_dict(state)
-        state = None  # as large as the model with its optimizer
-    elif start is not None:
-        run.take_over(RunFolder(start), done)
-    return run.all_stages()
+    with files.locked():
+        if state is None:
+            files.begin(spec)
+        run = _Run(spec, files, model, count, say)
+        say(f"{model.name}: {sum(stage.steps for stage in spec.stages)} steps in {_stages(spec)} on {model.device}")
+        if state is not None:
+            run.load_state_dict(state)
+            state = None  # as large as the model with its optimizer
+        elif start is not None:
+            run.take_over(RunFolder(start), done)
+        return run.all_stages()
 
 
 class _Run:
@@ -122,9 +123,10 @@ class _Run:
         self._model.module.load_state_dict(state["weights"])
         self._results = state["results"]
         self._log.load_state_dict(state["log"])
-        self._steps_saved = state["stage"]["step"]
         self._take_up_method(state)
-        self._pending = state
+        if state["stage"] is not None:
+            self._steps_saved = state["stage"]["step"]
+            self._pending = state["stage"]
 
     def take_over(self, other: RunFolder, stages: list[str]) -> None:
         """Begin with the weights of another run after these stages."""
@@ -153,12 +155,15 @@ class _Run:
             self._count(stage.name, stage.steps) as advance,
         ):
             if self._pending is not None:
-                run.load_state_dict(self._pending["stage"])
+                run.load_state_dict(self._pending)
                 self._pending = None
             self._steps(run, advance, raise_if_asked)
             result = self._result(run)
         self._save_stage(stage, result)
-        self._results[stage.name], self._steps_saved = result, 0
+        self._results[stage.name] = result
+        if stage is not self._spec.stages[-1]:
+            self._save_last(None)
+        self._steps_saved = 0
 
     def _steps(self, run: StageRun, advance: Callable[[int, str], None], raise_if_asked: Callable[[], None]) -> None:
         stage, spec = run.stage, self._spec
@@ -181,18 +186,19 @@ class _Run:
             self._save_last(run)
             raise
 
-    def _save_last(self, run: StageRun) -> None:
+    def _save_last(self, run: StageRun | None) -> None:
+        """Keep what the run goes on from: in a stage, or between two."""
         self._files.save_last(
             {
                 "spec": self._spec.model_dump(mode="json"),
-                "stage": run.state_dict(),
+                "stage": None if run is None else run.state_dict(),
                 "weights": self._model.module.state_dict(),
                 "results": self._results,
                 "log": self._log.state_dict(),
                 "method": self._method_state(),
             }
         )
-        self._steps_saved = run.step
+        self._steps_saved = 0 if run is None else run.step
 
     def _result(self, run: StageRun) -> dict[str, Any]:
         """Return what came out of a stage; accuracy of stages that learn answers."""
@@ -242,6 +248,10 @@ class _Run:
         if stopped_by is None:
             lines.append(f"wrote {self._files.model}: epsim trace --model {self._files.model} -o FILE")
         return lines
+
+
+def _stages(spec: TrainSpec) -> str:
+    return "one stage" if len(spec.stages) == 1 else f"{len(spec.stages)} stages"
 
 
 def _percent(found: dict[str, Any]) -> str:

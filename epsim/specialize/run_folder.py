@@ -5,8 +5,13 @@ state at the end of a stage, `model/` the trained model as a checkpoint, `result
 `log.csv` and `experts.npz` are those of `epsim.specialize.log`.
 """
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from epsim.scenario.load_train import train_yaml
 from epsim.scenario.train import TrainSpec
 
 State = dict[str, Any]
+_YAML = "train.yaml"
 
 
 class RunFolder:
@@ -43,17 +49,33 @@ class RunFolder:
         return self.path / "results.json"
 
     def begin(self, spec: TrainSpec) -> None:
-        """Make the folder of a new run. Raises InputError if it holds another already."""
-        check_folder(self.path)
+        """Begin a new run in the folder. Raises InputError if it holds another already, or other files."""
+        if not (self.path / _YAML).exists() and any(self.path.iterdir()):
+            raise InputError(f"-o {self.path}: holds other files; name a new folder")
         if self.results.exists():
             raise InputError(f"-o {self.path}: holds a training run that is complete; name another folder")
         if self.last.exists():
             raise InputError(f"-o {self.path}: holds a training run; write --resume to go on with it, or name another")
         with write_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
             for stage in self.path.glob("stage-*.pt"):  # of a run that was killed before its first `last.pt`
                 stage.unlink()
-        _write_text(self.path / "train.yaml", train_yaml(spec))
+        _write_text(self.path / _YAML, train_yaml(spec))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes from training into it; InputError if one does already."""
+        check_folder(self.path)
+        with write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"-o {self.path}: another process trains into it; name another folder") from error
+        else:
+            yield
+        finally:
+            os.close(file)
 
     def resume(self, spec: TrainSpec) -> State:
         """Return the state to go on from. Raises InputError if there is none, or it is of another run."""
@@ -62,9 +84,11 @@ class RunFolder:
         if not self.last.exists():
             raise InputError(f"--resume: {self.path} holds no run to go on with; leave --resume out")
         state = read_state(self.last)
-        if state.get("spec") != spec.model_dump(mode="json"):
+        ours, theirs = spec.model_dump(mode="json"), state.get("spec")
+        if theirs != ours:
             raise InputError(
-                f"--resume: {self.path} holds a run with another YAML; go on with {self.path / 'train.yaml'}"
+                f"--resume: {self.path} holds a run with another YAML{_first_difference(theirs, ours)}; go on with "
+                f"{self.path / _YAML}"
             )
         return state
 
@@ -113,7 +137,7 @@ def common_stages(spec: TrainSpec, other: Path) -> list[str]:
 
 def _spec_of(folder: Path) -> State:
     try:
-        loaded = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))
+        loaded = yaml.safe_load((folder / _YAML).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"--start {folder}: holds no training run ({error.strerror}); write the folder of one"
@@ -123,6 +147,17 @@ def _spec_of(folder: Path) -> State:
     if not isinstance(loaded, dict) or not isinstance(loaded.get("stages"), list):
         raise InputError(f"--start {folder}: train.yaml is not that of a run; write the folder of another run")
     return loaded
+
+
+def _first_difference(theirs: Any, ours: Any, path: str = "") -> str:
+    """Return where two runs differ first, and how; "" if that is no single value."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        items = ((f"{path}.{key}".strip("."), theirs.get(key), value) for key, value in ours.items())
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        items = ((f"{path}[{index}]", a, b) for index, (a, b) in enumerate(zip(theirs, ours, strict=True)))
+    else:
+        return f" ({path} is {theirs} there and {ours} here)" if path and theirs != ours else ""
+    return next((found for item in items if (found := _first_difference(item[1], item[2], item[0]))), "")
 
 
 def read_state(path: Path) -> State:
@@ -147,4 +182,4 @@ def write_state(path: Path, state: State) -> None:
         try:
             torch.save(state, part)
         except RuntimeError as error:  # of torch's archive writer, when the disk is full
-            raise OSError(28, f"torch cannot write it ({str(error).splitlines()[0]})") from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error

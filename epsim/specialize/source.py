@@ -15,9 +15,9 @@ class ExampleSource:
         """Read the files that the run learns from; raises RequestError if they lack what a stage needs."""
         self._spec, self._processor = spec, processor
         self._data = TrainingData.load(spec.data)
-        for index, stage in enumerate(spec.stages):
+        for stage in spec.stages:
             if stage.task != "cells":
-                self._data.check(stage.task, stage.text_only, f"stages[{index}]")
+                self._data.check(stage.task, stage.text_only, f"stages[{stage.name}]")
 
     def batch(self, stage_index: int, step: int) -> ExampleBatch:
         """Return the prompts and answers of a step, on the host."""
