@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, `whole_file`; what can go wrong, `write_errors`.
+"""Files that are written whole or not at all, `whole_file`, `write_all`; what can go wrong, `write_errors`.
 
 Before there is anything to write: `check_folder`, `check_file`, `check_outputs`, and by trying, `require_writable`.
 """
@@ -29,6 +29,17 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write files, each whole or not at all, with their folders; none of them if one cannot be replaced."""
+    for target in contents:
+        require_replaceable(target)
+    for target, content in contents.items():
+        with write_errors(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as part:
+            part.write_bytes(content)
 
 
 def check_folder(folder: Path) -> None:

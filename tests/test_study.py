@@ -532,7 +532,7 @@ def test_nothing_complete_is_an_error(study: Study, stub: tuple[str, ...]) -> No
             ("-o", "out", "--config", str(CONFIG), "--scenario", str(SCENARIO), "--set", "method[kind]=soft"),
             "methods are",
         ),
-        (("-o", "file.txt", "--config", str(CONFIG), "--scenario", str(SCENARIO)), "file.txt is not a folder"),
+        (("-o", "file.txt", "--config", str(CONFIG), "--scenario", str(SCENARIO)), "file.txt: is not a folder"),
         (("-o", "out", "--config", str(CONFIG), "--scenario", str(SCENARIO), "--set", "x=1"), "x: is not a known"),
     ],
 )

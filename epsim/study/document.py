@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from epsim.atomic import require_replaceable, whole_file, write_errors
+from epsim.atomic import write_all
 from epsim.study import claims, prose, sections
 from epsim.study.figures import FUSION, PREFIX, ROUTING, draw_figures
 from epsim.study.methods import METHODS
@@ -26,13 +26,7 @@ def write_document(path: Path, study: Mapping[str, Any], folder: StudyFolder) ->
     drawn = draw_figures(Summary(study), folder)
     contents = {images / name: content for name, content in drawn.items()}
     contents[path] = document(study, path, drawn).encode()
-    with write_errors(images):
-        images.mkdir(parents=True, exist_ok=True)
-    for target in contents:
-        require_replaceable(target)
-    for target, content in contents.items():
-        with whole_file(target) as partial:
-            partial.write_bytes(content)
+    write_all(contents)
     return list(contents)
 
 

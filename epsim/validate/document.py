@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from epsim.atomic import require_replaceable, whole_file, write_errors
+from epsim.atomic import write_all
 from epsim.validate.figures import draw_figures
 from epsim.validate.fitted import METRICS, influence_sentence, parameters_section
 from epsim.validate.markdown import capital, number, table
@@ -20,13 +20,7 @@ def write_document(path: Path, report: Mapping[str, Any]) -> list[Path]:
     images = path.parent / "images"
     contents = {images / name: content for name, content in draw_figures(report).items()}
     contents[path] = document(report).encode()
-    with write_errors(images):
-        images.mkdir(parents=True, exist_ok=True)
-    for target in contents:
-        require_replaceable(target)
-    for target, content in contents.items():
-        with whole_file(target) as partial:
-            partial.write_bytes(content)
+    write_all(contents)
     return list(contents)
 
 
