@@ -26,7 +26,7 @@ from epsim.capture.prompts.scenes import (
 from epsim.errors import InputError
 from epsim.scenario.train import DataSpec
 from epsim.specialize.examples import ExampleBatch, encode_examples
-from epsim.specialize.training_data import TrainingData, cells_batch, training_batch
+from epsim.specialize.training_data import TrainingData, cells_batch
 from tests.reference.small_models import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, small_model
 
 torch.set_num_threads(1)
@@ -313,7 +313,7 @@ def same(first: ExampleBatch, second: ExampleBatch) -> bool:
 
 def test_a_step_is_its_seed_stage_and_number(processor: Processor) -> None:
     def batch(**changed: int) -> ExampleBatch:
-        return training_batch(TrainingData(), processor, task="multimodal", text_only=0.5, **STEP | changed)
+        return encode_examples(TrainingData().prompts("multimodal", 0.5, **STEP | changed), processor)
 
     assert same(batch(), batch())
     for changed in ({"seed": 4}, {"stage_index": 2}, {"step": 6}):

@@ -59,54 +59,63 @@ class Method(Protocol):
         """Take up such a state; after `attach`."""
 
 
-class Soft:
-    """Soft routing with load balance over all experts (SMoES eq. 1), the papers' baseline."""
+class _Hooked:
+    """A method that has one thing with hooks on the model, or none: a gate, or a score."""
 
-    def __init__(self, spec: SoftSpec | PartitionSpec | SmarSpec, model: MoeModel, seed: int) -> None:
-        self._spec = spec
-        self.gate: ModalityGate | None = None
+    gate: ModalityGate | None = None
+
+    def __init__(self, hooks: ModalityGate | TrainingScore | None) -> None:
+        self._hooks = hooks
 
     @property
     def watchers(self) -> tuple[Watcher, ...]:
-        return () if self.gate is None else (self.gate,)
+        return () if self._hooks is None else (self._hooks,)
 
     def attach(self, model: MoeModel) -> None:
-        if self.gate is not None:
-            self.gate.attach(model)
+        if self._hooks is not None:
+            self._hooks.attach(model)
 
     def detach(self) -> None:
-        if self.gate is not None:
-            self.gate.detach()
-
-    def terms(self, routed: RoutedPass) -> Mapping[str, Term]:
-        return {"balance": Term(weight=self._spec.balance_weight, value=load_balance(routed))}
+        if self._hooks is not None:
+            self._hooks.detach()
 
     def state_dict(self) -> State:
-        return {} if self.gate is None else self.gate.state_dict()
+        return {} if self._hooks is None else self._hooks.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        if self.gate is not None:
-            self.gate.load_state_dict(state)
+        if self._hooks is not None:
+            self._hooks.load_state_dict(state)
+
+
+class Soft(_Hooked):
+    """Soft routing with load balance over all experts (SMoES eq. 1), the papers' baseline."""
+
+    def __init__(
+        self, spec: SoftSpec | PartitionSpec | SmarSpec, model: MoeModel, seed: int, gate: ModalityGate | None = None
+    ) -> None:
+        super().__init__(gate)
+        self.gate, self._balance_weight = gate, spec.balance_weight
+
+    def terms(self, routed: RoutedPass) -> Mapping[str, Term]:
+        return {"balance": Term(weight=self._balance_weight, value=load_balance(routed))}
 
 
 class Partition(Soft):
     """Hard routing, and MoIIE's hybrid: experts of one modality, and some of both; load balance as for soft routing."""
 
     def __init__(self, spec: PartitionSpec, model: MoeModel, seed: int) -> None:
-        super().__init__(spec, model, seed)
         shape, counts = model.shape, (spec.text_experts, spec.vision_experts, spec.shared_experts)
         allowed_ME = ModalityGate.partition(shape.num_experts, *counts, topk=shape.topk)
-        self.gate = ModalityGate(shape.num_layers, shape.num_experts, allowed_ME=allowed_ME)
+        super().__init__(spec, model, seed, ModalityGate(shape.num_layers, shape.num_experts, allowed_ME=allowed_ME))
 
 
 class Smar(Soft):
     """SMAR: a trainable bias of each modality (eq. 1-3), and its routing distance held in a band (eq. 4-14)."""
 
     def __init__(self, spec: SmarSpec, model: MoeModel, seed: int) -> None:
-        super().__init__(spec, model, seed)
-        self._smar = spec
-        if spec.modality_bias:
-            self.gate = ModalityGate(model.shape.num_layers, model.shape.num_experts, bias=True)
+        shape, self._smar = model.shape, spec
+        gate = ModalityGate(shape.num_layers, shape.num_experts, bias=True) if spec.modality_bias else None
+        super().__init__(spec, model, seed, gate)
 
     def terms(self, routed: RoutedPass) -> Mapping[str, Term]:
         distance_L = modality_routing_distance(routed)
@@ -114,14 +123,12 @@ class Smar(Soft):
         return {**super().terms(routed), "smar": Term(weight=self._smar.weight, value=value)}
 
 
-class Smoes:
+class Smoes(_Hooked):
     """SMoES: bins of experts, load balance within them, and mutual information, or KL, between bin and modality.
 
     A sample without an image, or without text, says nothing of the information between both: it is left out of that
     loss, and counts in bins and balance.
     """
-
-    gate: ModalityGate | None = None
 
     def __init__(self, spec: SmoesSpec, model: MoeModel, seed: int) -> None:
         shape = model.shape
@@ -137,18 +144,7 @@ class Smoes:
         self.score: TrainingScore | None = None
         if spec.objective != "none":
             self.score = make_training_score(spec.score, beta=spec.decay, tau_factor=spec.temperature, seed=seed)
-
-    @property
-    def watchers(self) -> tuple[Watcher, ...]:
-        return () if self.score is None else (self.score,)
-
-    def attach(self, model: MoeModel) -> None:
-        if self.score is not None:
-            self.score.attach(model)
-
-    def detach(self) -> None:
-        if self.score is not None:
-            self.score.detach()
+        super().__init__(self.score)
 
     def terms(self, routed: RoutedPass) -> Mapping[str, Term]:
         self.bins.update(routed)
@@ -161,12 +157,11 @@ class Smoes:
         return terms
 
     def state_dict(self) -> State:
-        return {"bins": self.bins.state_dict(), "score": {} if self.score is None else self.score.state_dict()}
+        return {"bins": self.bins.state_dict(), "score": super().state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         self.bins.load_state_dict(state["bins"])
-        if self.score is not None:
-            self.score.load_state_dict(state["score"])
+        super().load_state_dict(state["score"])
 
 
 OBJECTIVES: dict[str, Callable[[RoutedPass, Tensor, Tensor, Tensor], Tensor]] = {

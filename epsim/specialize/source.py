@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from epsim.capture.models.processor import Processor
 from epsim.scenario.train import TrainSpec
 from epsim.specialize.examples import CellsBatch, ExampleBatch, encode_examples
-from epsim.specialize.training_data import TrainingData, cells_batch, training_batch
+from epsim.specialize.training_data import TrainingData, cells_batch
 
 
 class ExampleSource:
@@ -23,16 +23,15 @@ class ExampleSource:
         """Return the prompts and answers of a step, on the host."""
         stage = self._spec.stages[stage_index]
         assert stage.task != "cells"
-        return training_batch(
-            self._data,
-            self._processor,
-            task=stage.task,
-            text_only=stage.text_only,
+        prompts = self._data.prompts(
+            stage.task,
+            stage.text_only,
             batch_size=stage.batch_size,
             seed=self._spec.seed,
             stage_index=stage_index,
             step=step,
         )
+        return encode_examples(prompts, self._processor)
 
     def cells(self, stage_index: int, step: int) -> CellsBatch:
         """Return the scenes and their cells of a step, on the host."""

@@ -15,7 +15,7 @@ from epsim.capture.models.processor import Processor
 from epsim.capture.prompts.requests import Prompt, PromptSet, RequestError, read_prompts
 from epsim.capture.prompts.scenes import random_scene, scene_prompt, text_only_prompt, text_scene_prompt
 from epsim.scenario.train import DataSpec
-from epsim.specialize.examples import CellsBatch, ExampleBatch, encode_cells, encode_examples, require_answer
+from epsim.specialize.examples import CellsBatch, encode_cells, require_answer
 
 Task = Literal["text", "multimodal"]
 _TRAIN, _TEST, _CELLS = range(3)  # each draws from a stream of its own
@@ -105,23 +105,6 @@ class TrainingData:
             return scene_prompt(rng, name, held_out=False) if has_image else text_only_prompt(rng, name, held_out=False)
         prompts = self._train_by_image.with_image if has_image else self._train_by_image.text_only
         return prompts[rng.integers(len(prompts))]
-
-
-def training_batch(
-    data: TrainingData,
-    processor: Processor,
-    *,
-    task: Task,
-    text_only: float,
-    batch_size: int,
-    seed: int,
-    stage_index: int,
-    step: int,
-) -> ExampleBatch:
-    """Return `TrainingData.prompts` of a step, encoded, on the host; see `encode_examples` for what it raises."""
-    return encode_examples(
-        data.prompts(task, text_only, batch_size=batch_size, seed=seed, stage_index=stage_index, step=step), processor
-    )
 
 
 def cells_batch(processor: Processor, *, batch_size: int, seed: int, stage_index: int, step: int) -> CellsBatch:
