@@ -14,7 +14,7 @@ from torch import Tensor
 
 from epsim.errors import InputError
 from epsim.specialize.balance import bin_load_balance, load_balance
-from epsim.specialize.bins import ExpertBins, count_picks, is_of_modality
+from epsim.specialize.bins import ExpertBins, is_of_modality
 from epsim.specialize.distribution import normalised, safe_log, symmetric_kl
 from epsim.specialize.information import inter_bin_divergence, inter_bin_information
 from epsim.specialize.routed import RoutedPass
@@ -205,7 +205,7 @@ def test_fixed_bins_keep_the_order_of_experts() -> None:
 
 def test_count_picks_by_hand() -> None:
     """Text: 0 and 1, 2 and 0. Vision: 1 and 2, 0 and 1. Padding does not count."""
-    assert count_picks(SMAR_BY_HAND).tolist() == [[[2, 1, 1], [1, 2, 1]]]
+    assert SMAR_BY_HAND.num_picks_LME.tolist() == [[[2, 1, 1], [1, 2, 1]]]
 
 
 # Against loops in float64.
@@ -250,8 +250,8 @@ def test_count_picks_equals_the_loops() -> None:
         [[reference.picks(slow, layer, modality, expert) for expert in range(EXPERTS)] for modality in (0, 1)]
         for layer in range(LAYERS)
     ]
-    assert count_picks(routed).tolist() == wanted
-    assert count_picks(routed).dtype == torch.int64
+    assert routed.num_picks_LME.tolist() == wanted
+    assert routed.num_picks_LME.dtype == torch.int64
 
 
 @pytest.mark.parametrize("seed", [0, 10])
@@ -259,7 +259,7 @@ def test_distance_is_that_of_a_trace(seed: int) -> None:
     """The functions that `epsim trace stats` runs, on the same counts and weights."""
     routed = case(seed)[0]
     slow = in_numpy(routed)
-    load_MLE = count_picks(routed).transpose(0, 1).numpy()
+    load_MLE = routed.num_picks_LME.transpose(0, 1).numpy()
     mass_MLE = np.zeros(load_MLE.shape)
     for modality, layer, expert in np.ndindex(mass_MLE.shape):
         mass_MLE[modality, layer, expert] = sum(

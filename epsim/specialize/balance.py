@@ -6,7 +6,6 @@ Shapes: L MoE layers, B samples, S columns, E experts, K top-k, N bins, C expert
 import torch
 from torch import Tensor
 
-from epsim.specialize.bins import count_picks
 from epsim.specialize.routed import RoutedPass
 
 
@@ -42,7 +41,7 @@ def bin_load_balance(routed: RoutedPass, experts_LNC: Tensor) -> Tensor:
 
 def _picks(routed: RoutedPass) -> Tensor:
     """Return how many tokens were sent to each expert, [L, E], in the type of the gating scores."""
-    return count_picks(routed).sum(dim=1).to(routed.gate_LBSE.dtype)
+    return routed.num_picks_LME.sum(dim=1).to(routed.gate_LBSE.dtype)
 
 
 def _is_in_bin(routed: RoutedPass, experts_LNC: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Experts sorted into bins by the modality that picks them (SMoES section 3.3): `ExpertBins`, and `count_picks`.
+"""Experts sorted into bins by the modality that picks them (SMoES section 3.3): `ExpertBins`.
 
 Shapes: L MoE layers, B samples, S columns, E experts, K top-k, M modalities (0 text, 1 vision), N bins, C experts of a
 bin.
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from epsim.errors import InputError
-from epsim.specialize.routed import RoutedPass
+from epsim.specialize.routed import NUM_MODALITIES, RoutedPass
 
-NUM_MODALITIES = 2
 _STATE_KEY = "mean_picks_LME"
 
 
@@ -53,7 +52,7 @@ class ExpertBins:
     @torch.no_grad()
     def update(self, routed: RoutedPass) -> None:
         """Take the picks of a training step into the means (eq. 10)."""
-        self._mean_picks_LME.mul_(self._decay).add_(count_picks(routed), alpha=1 - self._decay)
+        self._mean_picks_LME.mul_(self._decay).add_(routed.num_picks_LME, alpha=1 - self._decay)
 
     @property
     def text_bias_LE(self) -> Tensor:
@@ -86,16 +85,6 @@ class ExpertBins:
                 f"{wanted}; resume with the model that the run was started with"
             )
         self._mean_picks_LME.copy_(state[_STATE_KEY])
-
-
-def count_picks(routed: RoutedPass) -> Tensor:
-    """Return how many tokens of each modality were sent to each expert, int64 [L, M, E] (C of SMoES eq. 10)."""
-    num_layers, _, _, num_experts = routed.gate_LBSE.shape
-    counter_LBSK = routed.picks_LBSK + num_experts * (~routed.is_text_BS).to(torch.int64)[..., None]
-    one_LBSK = routed.is_token_BS.to(torch.int64)[..., None].expand_as(counter_LBSK)
-    counts = counter_LBSK.new_zeros((num_layers, NUM_MODALITIES * num_experts))
-    counts.scatter_add_(1, counter_LBSK.flatten(1), one_LBSK.flatten(1))
-    return counts.view(num_layers, NUM_MODALITIES, num_experts)
 
 
 def is_of_modality(routed: RoutedPass) -> Tensor:

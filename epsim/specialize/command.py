@@ -24,6 +24,7 @@ from epsim.specialize.methods import Method, make_method
 from epsim.specialize.run_folder import RunFolder, State, common_stages, read_state, write_state
 from epsim.specialize.source import ExampleSource
 from epsim.specialize.stage import DivergedError, StageRun
+from epsim.specialize.tasks import AnswerTask
 
 CountSteps = Callable[[str, int], AbstractContextManager[Callable[[int, str], None]]]  # a stage and its steps: a bar
 
@@ -203,12 +204,12 @@ class _Run:
     def _result(self, run: StageRun) -> dict[str, Any]:
         """Return what came out of a stage; accuracy of stages that learn answers."""
         result: dict[str, Any] = {"steps": run.step, "seconds": run.seconds}
-        if run.stage.task == "cells":
+        if not isinstance(run.task, AnswerTask):
             return result
         self._model.module.eval()
         for kind in ("image", "text"):
             held_out = self._source.held_out(with_image=kind == "image", batch_size=run.stage.batch_size)
-            result[kind] = accuracy(self._model, held_out, run.watchers)
+            result[kind] = accuracy(self._model, held_out, run.task.watchers)
         return result
 
     def _save_stage(self, stage: StageSpec, result: dict[str, Any]) -> None:

@@ -63,11 +63,8 @@ class Window:
         self._sums = defaultdict(float, {name: value.to(device) for name, value in state["sums"].items()})
 
     def means(self) -> Row:
-        """Return the mean of each value, and the MSI over all steps of the window (SMoES eq. 19)."""
-        row: Row = {name: float(value) / self._num_steps for name, value in self._sums.items()}
-        if (load_MLE := self.load_MLE) is not None and load_MLE.any(axis=(1, 2)).all():
-            row["msi"] = float(specialization_index(load_MLE).mean())
-        return row
+        """Return the mean of each value."""
+        return {name: float(value) / self._num_steps for name, value in self._sums.items()}
 
 
 class TrainingLog:
@@ -79,11 +76,12 @@ class TrainingLog:
         self._scores: list[tuple[str, int, npt.NDArray[np.float32]]] = []
 
     def add(self, stage: str, step: int, window: Window, **more: float) -> Row:
-        """Write the row of a window and return it."""
+        """Write the row of a window, with the MSI over all of its steps (SMoES eq. 19), and return it."""
         row = {"stage": stage, "step": step, **window.means(), **more}
         self._rows.append(row)
         load_MLE = window.load_MLE
-        if load_MLE is not None and "msi" in row:
+        if load_MLE is not None and load_MLE.any(axis=(1, 2)).all():
+            row["msi"] = float(specialization_index(load_MLE).mean())
             self._scores.append((stage, step, specialization_score(load_MLE).astype(np.float32)))
         self._write_rows([row], "a")
         return row

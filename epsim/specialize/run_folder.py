@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from epsim.atomic import check_folder, whole_file, write_errors
 from epsim.errors import InputError
 from epsim.scenario.load_train import train_yaml
 from epsim.scenario.train import TrainSpec
+from epsim.scenario.yaml_text import parse_yaml
 
 State = dict[str, Any]
 _YAML = "train.yaml"
@@ -137,12 +137,12 @@ def common_stages(spec: TrainSpec, other: Path) -> list[str]:
 
 def _spec_of(folder: Path) -> State:
     try:
-        loaded = yaml.safe_load((folder / _YAML).read_text(encoding="utf-8"))
+        loaded = parse_yaml((folder / _YAML).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"--start {folder}: holds no training run ({error.strerror}); write the folder of one"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"--start {folder}: train.yaml cannot be read; write the folder of another run") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get("stages"), list):
         raise InputError(f"--start {folder}: train.yaml is not that of a run; write the folder of another run")

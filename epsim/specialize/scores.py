@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from epsim.capture.model import ForwardPass, MoeModel
 from epsim.capture.options import COMPONENTS
 from epsim.capture.scores.attention import AttentionScore
 from epsim.capture.scores.estimators import make_fit
+from epsim.capture.scores.gaussian import InputHooks
 from epsim.capture.scores.gaussian_statistics import GaussianStatistics
 
 State = dict[str, Any]
@@ -102,7 +102,7 @@ class OnlineGaussian:
 
     def __init__(self, name: str, *, beta: float, tau_factor: float, seed: int) -> None:
         self._fit = make_fit(name, beta=beta, tau_factor=tau_factor, seed=seed)
-        self._handles: list[RemovableHandle] = []
+        self._hooks = InputHooks(name)
         self._inputs: list[Tensor] = []
 
     @property
@@ -113,15 +113,11 @@ class OnlineGaussian:
     def attach(self, model: MoeModel) -> None:
         """Hook the experts of `model`, and begin with no statistics."""
         self._fit.attach(model)
-        for layer_id in model.layer_ids:
-            experts = model.layers[layer_id].mlp.experts
-            self._handles.append(experts.register_forward_pre_hook(self._keep, with_kwargs=True))
+        self._hooks.attach(model, lambda layer, x_TD: self._inputs.append(x_TD.detach()))
 
     def detach(self) -> None:
         """Take the hooks off; the statistics stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.detach()
         self._fit.detach()
 
     def start_batch(self) -> None:
@@ -149,6 +145,3 @@ class OnlineGaussian:
     def load_state_dict(self, state: State) -> None:
         """Take up such sums."""
         self._fit.load_state_dict(state)
-
-    def _keep(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs.append((args[0] if args else kwargs["hidden_states"]).detach())

@@ -6,7 +6,7 @@ Shapes: L MoE layers, B samples, S columns, E experts, K top-k, M modalities (0 
 import torch
 from torch import Tensor
 
-from epsim.specialize.bins import count_picks, is_of_modality
+from epsim.specialize.bins import is_of_modality
 from epsim.specialize.distribution import normalised, symmetric_kl
 from epsim.specialize.routed import RoutedPass
 
@@ -18,7 +18,7 @@ def modality_routing_distance(routed: RoutedPass) -> Tensor:
     pick, which makes the equations infinite. So it is at most 13.8, for distributions with no expert in common.
     Gradients go through the weights R (eq. 7); the frequencies F are counts. NaN if a modality has no tokens.
     """
-    load_LME = count_picks(routed)
+    load_LME = routed.num_picks_LME
     mass_LME = load_LME * _weight_sums(routed)  # the denominators of eq. 6 and 7 cancel in eq. 8
     distribution_LME = normalised(mass_LME)
     distance_L = symmetric_kl(distribution_LME[:, 0], distribution_LME[:, 1])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from epsim.capture.forward import Watcher
 from epsim.capture.model import MoeModel
 from epsim.capture.models.device import memory_errors
 from epsim.errors import EpsimError
@@ -17,7 +16,7 @@ from epsim.specialize.log import Window
 from epsim.specialize.methods import Method, trained_parameters
 from epsim.specialize.observer import GateObserver
 from epsim.specialize.source import ExampleSource
-from epsim.specialize.tasks import Task, make_task
+from epsim.specialize.tasks import AnswerTask, CellTask, Task
 
 BETAS = (0.9, 0.999)  # SMoES, supplement 1.3
 
@@ -43,7 +42,11 @@ class StageRun:
         self.seconds = 0.0
         self.window = Window()
         self._observer = GateObserver(model)
-        self.task: Task = make_task(spec, index, model, source, self._observer, method)
+        self.task: Task
+        if self.stage.task == "cells":
+            self.task = CellTask(model, index, source, spec.seed)
+        else:
+            self.task = AnswerTask(self.stage, index, model, source, self._observer, method)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -106,11 +109,6 @@ class StageRun:
     def learning_rate(self) -> float:
         """Of the step to come."""
         return float(self._optimizer.param_groups[0]["lr"])
-
-    @property
-    def watchers(self) -> tuple[Watcher, ...]:
-        """What must be told of every pass while hooks are on the model."""
-        return (self._observer, *(self.method.watchers if self.method else ()))
 
     def _method_state(self) -> dict[str, Any]:
         return self.method.state_dict() if self.method else {}

@@ -1,4 +1,4 @@
-"""What a stage of training does in a step: `Task`, made by `make_task`; its result is a `StepOutcome`.
+"""What a stage of training does in a step: `Task`, of answers or of cells; its result is a `StepOutcome`.
 
 Shapes: B samples, C cells of a scene, D width of the vision encoder.
 """
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epsim.capture.forward import Watcher
 from epsim.capture.model import MoeModel
+from epsim.capture.prompts.scenes import INK_NAMES, SIDE
 from epsim.errors import InputError
-from epsim.scenario.train import TrainSpec
+from epsim.scenario.train import StageSpec
 from epsim.specialize.balance import load_balance
-from epsim.specialize.bins import count_picks
 from epsim.specialize.forward import run_examples
 from epsim.specialize.methods import Method, Term
 from epsim.specialize.observer import GateObserver
 from epsim.specialize.routed import RoutedPass
 from epsim.specialize.source import ExampleSource
 
-SIDE = 2  # of the scenes that are learnt
-NUM_DIGITS, NUM_INKS = 10, 4
+NUM_DIGITS, NUM_INKS = 10, len(INK_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class AnswerTask:
 
     def __init__(
         self,
-        spec: TrainSpec,
+        stage: StageSpec,
         stage_index: int,
         model: MoeModel,
         source: ExampleSource,
@@ -71,21 +71,25 @@ class AnswerTask:
         method: Method | None,
     ) -> None:
         self.head: nn.Module = nn.Module()
-        self._stage = spec.stages[stage_index]
+        self._stage = stage
         self._model, self._stage_index, self._source = model, stage_index, source
         self._observer, self._method = observer, method
-        self._watchers = (observer, *(method.watchers if method else ()))
+
+    @property
+    def watchers(self) -> tuple[Watcher, ...]:
+        """What must be told of every pass while hooks are on the model."""
+        return (self._observer, *(self._method.watchers if self._method else ()))
 
     def run(self, step: int) -> StepOutcome:
         """Run the examples of a step."""
         batch = self._source.batch(self._stage_index, step).to(self._model.device)
-        predicted = run_examples(self._model, batch, self._watchers)
+        predicted = run_examples(self._model, batch, self.watchers)
         routed = self._observer.routed()
         return StepOutcome(
             loss=predicted.loss(),
             is_right_B=predicted.is_right_B(),
             terms=self._method.terms(routed) if self._method else self._plain_terms(routed),
-            picks_LME=count_picks(routed),
+            picks_LME=routed.num_picks_LME,
         )
 
     def _plain_terms(self, routed: RoutedPass) -> Mapping[str, Term]:
@@ -128,22 +132,7 @@ class CellTask:
         inner: Any = self._model.module.model
         layer = self._model.module.config.vision_feature_layer
         states = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
-        side, cell = self._patches_per_side, self._patches_per_side // SIDE
+        cell = self._patches_per_side // SIDE
         grid = states.view(len(pixels), SIDE, cell, SIDE, cell, -1)
-        assert side == SIDE * cell
         cells_BCD: Tensor = grid.mean(dim=(2, 4)).flatten(1, 2)
         return cells_BCD
-
-
-def make_task(
-    spec: TrainSpec,
-    stage_index: int,
-    model: MoeModel,
-    source: ExampleSource,
-    observer: GateObserver,
-    method: Method | None,
-) -> Task:
-    """Return the task of a stage."""
-    if spec.stages[stage_index].task == "cells":
-        return CellTask(model, stage_index, source, spec.seed)
-    return AnswerTask(spec, stage_index, model, source, observer, method)

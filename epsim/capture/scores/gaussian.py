@@ -49,7 +49,7 @@ class GaussianScore:
     def __init__(self, statistics: GaussianStatistics) -> None:
         self.statistics = statistics
         self.name = score_name(statistics.num_components)
-        self._hooks = _InputHooks(self.name)
+        self._hooks = InputHooks(self.name)
         self._density: Density | None = None
 
     def attach(self, model: MoeModel) -> None:
@@ -109,7 +109,7 @@ class GaussianFit:
     ) -> None:
         self.name = score_name(num_components)
         self._num_components, self._beta, self._tau_factor, self._seed = num_components, beta, tau_factor, seed
-        self._hooks = _InputHooks(self.name)
+        self._hooks = InputHooks(self.name)
         self._statistics: GaussianStatistics | None = None
         self._weight_TM: Tensor | None = None
         self._batch: list[Moments] = []
@@ -228,7 +228,7 @@ class GaussianFit:
         return moments(x_TD, seed_components(x_TD, weight_T, draws_C).unsqueeze(1))
 
 
-class _InputHooks:
+class InputHooks:
     """Forward pre-hooks on the experts of each MoE layer: they hand on the layer's index and the input [T, D]."""
 
     def __init__(self, name: str) -> None:
