@@ -1,4 +1,4 @@
-"""One static batch from its trace rows to its records: `Deployment`, `step_inputs`, `run_steps`.
+"""One static batch from its trace rows to its records: `Deployment`, `step_inputs`, `step_tokens`, `run_steps`.
 
 A batch is prefilled in one step; the first output token of every request is there at its end. Each decode step then
 takes one token of every request that still has some. A step starts when the one before it has ended on all devices
@@ -74,6 +74,18 @@ class StepInput:
         return "prefill" if self.step == 0 else "decode"
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepTokens:
+    """The tokens of one step, sorted by home; request_T: index of each token's request in the batch."""
+
+    step: int
+    home_T: npt.NDArray[np.int32]
+    request_T: npt.NDArray[np.int64]
+    position_T: npt.NDArray[np.int32]
+    topk_expert_ids_TLK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    modality_T: npt.NDArray[np.uint8]
+
+
 def step_inputs(
     deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
 ) -> Iterator[StepInput]:
@@ -81,6 +93,15 @@ def step_inputs(
     run = _BatchRun(deployment, request_ids, max_output_tokens)
     for step in range(run.num_steps):
         yield run.input(step)
+
+
+def step_tokens(
+    deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
+) -> Iterator[StepTokens]:
+    """Yield the tokens of the same steps, for whoever runs them for real."""
+    run = _BatchRun(deployment, request_ids, max_output_tokens)
+    for step in range(run.num_steps):
+        yield run.tokens(step)
 
 
 def run_steps(
@@ -123,18 +144,6 @@ def run_steps(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _StepTokens:
-    """The tokens of one step, sorted by home; request_T: index of each token's request in the batch."""
-
-    step: int
-    home_T: npt.NDArray[np.int32]
-    request_T: npt.NDArray[np.int64]
-    position_T: npt.NDArray[np.int32]
-    topk_expert_ids_TLK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-    modality_T: npt.NDArray[np.uint8]
-
-
 class _BatchRun:
     """A batch's rows of the trace and what follows from them for its steps."""
 
@@ -155,12 +164,12 @@ class _BatchRun:
         self._by_step_T = np.argsort(rows.step_T, kind="stable")
         self._bounds = np.searchsorted(rows.step_T[self._by_step_T], np.arange(self.num_steps + 1))
 
-    def _tokens(self, step: int) -> _StepTokens:
+    def tokens(self, step: int) -> StepTokens:
         rows_T = self._by_step_T[self._bounds[step] : self._bounds[step + 1]]
         home_Q = self._homes.prefill_Q if step == 0 else self._homes.decode_Q
         rows_T = rows_T[np.argsort(home_Q[self._request_T[rows_T]], kind="stable")]
         request_T = self._request_T[rows_T]
-        return _StepTokens(
+        return StepTokens(
             step=step,
             home_T=home_Q[request_T],
             request_T=request_T,
@@ -171,7 +180,7 @@ class _BatchRun:
 
     def input(self, step: int) -> StepInput:
         """Return what is known of a step before it runs."""
-        deployment, tokens = self._deployment, self._tokens(step)
+        deployment, tokens = self._deployment, self.tokens(step)
         return StepInput(
             step=step,
             num_tokens=len(tokens.home_T),
@@ -183,7 +192,7 @@ class _BatchRun:
             kv_tokens_RR=self._moving_kv_tokens(step),
         )
 
-    def _counts(self, tokens: _StepTokens) -> npt.NDArray[np.int64]:
+    def _counts(self, tokens: StepTokens) -> npt.NDArray[np.int64]:
         """Return `StepInput.counts_M4`."""
         if self._deployment.model.moe is None:
             return np.zeros((2, 4), dtype=np.int64)
@@ -200,7 +209,7 @@ class _BatchRun:
             return np.zeros(d.cluster.num_devices, dtype=np.bool_)
         return d.layout.serving_R(d.layout.homes.prefill_devices if step == 0 else d.layout.homes.decode_devices)
 
-    def _works(self, tokens: _StepTokens) -> tuple[HomeWork, ...]:
+    def _works(self, tokens: StepTokens) -> tuple[HomeWork, ...]:
         """Return the work of each micro-batch. Images and outputs count for the first: they are computed together."""
         d, num_devices = self._deployment, self._deployment.cluster.num_devices
         batch_T = d.counter.chunk_of_token_T(tokens.home_T) if d.num_micro_batches > 1 else np.zeros_like(tokens.home_T)
@@ -233,7 +242,7 @@ class _BatchRun:
             )
         return tuple(works)
 
-    def _images(self, tokens: _StepTokens) -> npt.NDArray[np.int64]:
+    def _images(self, tokens: StepTokens) -> npt.NDArray[np.int64]:
         """Return how many images the vision tokens of each request fill, in a prefill."""
         vision = self._deployment.model.vision
         if vision is None or tokens.step > 0:

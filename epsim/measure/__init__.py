@@ -1,0 +1,1 @@
+"""Real expert-parallel runs on a shaped network, and the micro-benchmarks that predictions are made from."""

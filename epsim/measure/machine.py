@@ -1,0 +1,70 @@
+"""The machine that measures: `machine_facts`, and `CpuWatch`, how much processor time others took meanwhile."""
+
+import datetime
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epsim import __version__
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Return what a measurement was made on and with, as plain values."""
+    facts: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "epsim": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuTime:
+    """Seconds so far: of all processes on the machine, stolen by its hypervisor, and of this process."""
+
+    all_s: float
+    stolen_s: float
+    own_s: float
+
+    @classmethod
+    def now(cls) -> "CpuTime":
+        """Return the counters; zeros where /proc/stat is not there."""
+        own = os.times()
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+        except OSError:
+            return cls(all_s=0.0, stolen_s=0.0, own_s=own.user + own.system)
+        user, nice, system, *_ = ticks = [int(field) / _TICKS_PER_S for field in fields]
+        return cls(all_s=user + nice + system, stolen_s=ticks[7] if len(ticks) > 7 else 0.0, own_s=own.user + own.system)
+
+
+def foreign_cpu_frac(before: CpuTime, after: CpuTime, own_s: float, wall_s: float) -> float:
+    """Return the share of the machine's processor time that went to others than the ranks, steal included.
+
+    own_s: what all ranks used between the two.
+    """
+    foreign_s = (after.all_s - before.all_s) - own_s + (after.stolen_s - before.stolen_s)
+    return max(0.0, foreign_s) / max(wall_s * (os.cpu_count() or 1), 1e-9)

@@ -1,0 +1,130 @@
+"""Messages between ranks over torch.distributed: `Transport`, `Kind`.
+
+gloo sends a message only when its receive is posted, and holds a lock per connection while it does. So messages to
+higher and to lower ranks have connections of their own (two process groups), and engines post receives a layer ahead.
+NCCL has a communicator for each ordered pair, on which messages keep the order in which both ends post them.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from epsim.errors import EpsimError
+
+Backend = Literal["gloo", "nccl"]
+_TIMEOUT = timedelta(minutes=10)
+
+
+class Kind(IntEnum):
+    """What a message is; those of one kind between two ranks, for tokens of one home, keep their order."""
+
+    DISPATCH = 0
+    COMBINE = 1
+    NODE_DISPATCH = 2
+    FORWARD = 3
+    GATHER = 4
+    NODE_COMBINE = 5
+    KV = 6
+
+
+class PeerLost(EpsimError):
+    """Another rank has gone away."""
+
+
+@dataclass(frozen=True)
+class Posted:
+    """A receive or send that has been posted; `peer` is its other end."""
+
+    work: Any
+    peer: int
+
+    def wait(self) -> None:
+        """Return when the message is there (or has left); PeerLost, naming the peer, if it never will be."""
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self.peer} is gone: {str(error).splitlines()[0]}") from error
+
+
+class Transport:
+    """Point-to-point messages and a barrier among the ranks of a run."""
+
+    def __init__(self, rank: int, num_ranks: int, master: str, backend: Backend, interface: str | None) -> None:
+        """Join the others; master: "host:port" of rank 0, interface: the network interface that gloo binds to."""
+        self.rank, self.num_ranks, self.backend = rank, num_ranks, backend
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        if backend == "nccl":
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        dist.init_process_group(
+            backend, init_method=f"tcp://{master}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
+        )
+        self.wire = torch.device("cuda" if backend == "nccl" else "cpu")
+        self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        self._group_of = self._groups()
+        self.sent_bytes_R = np.zeros(num_ranks, dtype=np.int64)
+
+    def _groups(self) -> dict[tuple[int, int], Any]:
+        """Return the process group of each ordered pair (source, destination)."""
+        pairs = [(s, d) for s in range(self.num_ranks) for d in range(self.num_ranks) if s != d]
+        if self.backend == "nccl":
+            return {pair: dist.new_group(sorted(pair)) for pair in pairs}
+        up, down = dist.new_group(), dist.new_group()
+        return {(s, d): up if s < d else down for s, d in pairs}
+
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        """Return uint8 memory that messages can be sent from and received into, touched once."""
+        pinned = self.wire.type == "cpu" and torch.cuda.is_available()
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.wire, pin_memory=pinned)
+
+    def send(self, peer: int, kind: Kind, data: torch.Tensor, origin: int = 0) -> Posted:
+        """Post the send of a uint8 vector, which must stay as it is until it has left."""
+        self.sent_bytes_R[peer] += len(data)
+        return self._post(dist.isend, (self.rank, peer), peer, kind, data, origin)
+
+    def receive(self, peer: int, kind: Kind, data: torch.Tensor, origin: int = 0) -> Posted:
+        """Post the receive of as many bytes as `data` has."""
+        return self._post(dist.irecv, (peer, self.rank), peer, kind, data, origin)
+
+    def _post(self, post: Any, pair: tuple[int, int], peer: int, kind: Kind, data: torch.Tensor, origin: int) -> Posted:
+        try:
+            work = post(data, peer, group=self._group_of[pair], tag=int(kind) * self.num_ranks + origin)
+        except RuntimeError as error:
+            raise PeerLost(f"rank {peer} is gone: {str(error).splitlines()[0]}") from error
+        return Posted(work, peer)
+
+    def barrier(self) -> None:
+        """Return when all ranks have come here."""
+        try:
+            dist.barrier(group=self._control)
+        except RuntimeError as error:
+            raise PeerLost(f"another rank than {self.rank} is gone: {str(error).splitlines()[0]}") from error
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each rank has put in, in rank order, on every rank (pickled: only among our own processes)."""
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def close(self) -> None:
+        """Leave the others."""
+        dist.destroy_process_group()
+
+
+def wait_all(posted: Sequence[Posted]) -> None:
+    """Wait for all of these."""
+    for one in posted:
+        one.wait()
+
+
+def now_s() -> float:
+    """Return the monotonic clock in seconds."""
+    return time.perf_counter()
