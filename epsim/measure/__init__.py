@@ -1,0 +1,1 @@
+"""Real runs to measure: a decoder in torch, `decoder`, and the micro-benchmark of a device."""
