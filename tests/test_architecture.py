@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "warm_up": {"run", "scenario"},
     "capture": {"atomic", "model", "scenario", "trace"},
     "specialize": {"atomic", "capture", "model", "scenario", "trace"},
+    "measure": {"model"},
     "__main__": {"cli"},
     "console": set(),
     "interrupt": set(),
@@ -67,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 UNITS_AND_ERRORS_USE_NOTHING = {"units", "errors"}
 HEAVY_AT_HOME = {
-    "torch": {"capture", "specialize"},
+    "torch": {"capture", "measure", "specialize"},
     "transformers": {"capture", "specialize"},
     "tokenizers": {"capture"},
     "safetensors": {"capture"},
