@@ -4,7 +4,7 @@ Shapes: T tokens of a step, Q requests, S cached tokens, H hidden size, A query 
 D size of a head, C cached elements of a token, R size of the latent, P size of the rotary part of a latent head.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class GroupedQuery:
         k_TBD = self._rotary(k.reshape(num_tokens, self._kv_heads, self._size), batch)
         rows_TC = torch.cat([k_TBD.reshape(num_tokens, -1), v], dim=-1)
         cache.append(self._layer, batch, rows_TC)
-        seen = self._decode(q_TAD, batch, cache) if batch.decode else self._prefill(q_TAD, rows_TC, batch)
+        seen = self._decode(q_TAD, batch, cache) if batch.decode else self._prefill(q_TAD, rows_TC, batch, cache)
         return linear(seen, self._out)
 
     def _keys_values(self, rows_xC: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,15 +86,17 @@ class GroupedQuery:
         keys, values = rows_xC.chunk(2, dim=-1)
         return keys.view(shape).transpose(-2, -3), values.view(shape).transpose(-2, -3)
 
-    def _prefill(self, q_TAD: Tensor, rows_TC: Tensor, batch: AttentionBatch) -> Tensor:
+    def _prefill(self, q_TAD: Tensor, rows_TC: Tensor, batch: AttentionBatch, cache: KvCache) -> Tensor:
         """Return [T, A * D]: causal, request by request."""
         groups = self._heads // self._kv_heads
         seen = []
-        for _, span in batch.spans():
-            k_BSD, v_BSD = self._keys_values(rows_TC[span])
+        for request, span, context in batch.spans():
+            causal = _causal(span, context, rows_TC.device)
+            whole = rows_TC[span] if "is_causal" in causal else cache.prompt(self._layer, request, context)
+            k_BSD, v_BSD = self._keys_values(whole)
             q_BGSD = q_TAD[span].view(-1, self._kv_heads, groups, self._size).permute(1, 2, 0, 3)
             k_BGSD, v_BGSD = (part[:, None].expand(-1, groups, -1, -1) for part in (k_BSD, v_BSD))
-            seen_BGSD = scaled_dot_product_attention(q_BGSD, k_BGSD, v_BGSD, is_causal=True)
+            seen_BGSD = scaled_dot_product_attention(q_BGSD, k_BGSD, v_BGSD, **causal)
             seen.append(seen_BGSD.permute(2, 0, 1, 3).reshape(-1, self._q_size))
         return torch.cat(seen)
 
@@ -142,22 +144,30 @@ class Latent:
         if batch.decode:
             seen = self._decode(q_nope, q_rope, batch, cache)
         else:
-            seen = self._prefill(torch.cat([q_nope, q_rope], dim=-1), rows_TC, batch)
+            seen = self._prefill(torch.cat([q_nope, q_rope], dim=-1), rows_TC, batch, cache)
         return linear(seen.flatten(1), self._out)
 
-    def _prefill(self, q_TAD: Tensor, rows_TC: Tensor, batch: AttentionBatch) -> Tensor:
+    def _prefill(self, q_TAD: Tensor, rows_TC: Tensor, batch: AttentionBatch, cache: KvCache) -> Tensor:
         """Return [T, A, V]: causal, request by request, with keys and values expanded from the latent."""
-        shape = self._shape
-        latent_TR, key_TP = rows_TC.split_with_sizes([shape.kv_lora_rank, shape.qk_rope_head_dim], dim=-1)
-        k_nope = linear(latent_TR, self._k_up_ANR.flatten(0, 1)).view(-1, shape.num_heads, shape.qk_nope_head_dim)
-        k_TAD = torch.cat([k_nope, key_TP[:, None].expand(-1, shape.num_heads, -1)], dim=-1)
-        v_TAV = linear(latent_TR, self._v_up_AVR.flatten(0, 1)).view(-1, shape.num_heads, shape.v_head_dim)
+        expanded = self._expanded(rows_TC)
         seen = []
-        for _, span in batch.spans():
-            q, k, v = (part[span].transpose(0, 1)[None] for part in (q_TAD, k_TAD, v_TAV))
-            seen_ASV = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale)[0]
+        for request, span, context in batch.spans():
+            causal = _causal(span, context, rows_TC.device)
+            k_SAD, v_SAV = (part[span] for part in expanded)
+            if "is_causal" not in causal:
+                k_SAD, v_SAV = self._expanded(cache.prompt(self._layer, request, context))
+            q, k, v = (part.transpose(0, 1)[None] for part in (q_TAD[span], k_SAD, v_SAV))
+            seen_ASV = scaled_dot_product_attention(q, k, v, scale=self._scale, **causal)[0]
             seen.append(seen_ASV.transpose(0, 1))
         return torch.cat(seen)
+
+    def _expanded(self, rows_SC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys [S, A, D] and values [S, A, V] of cached rows."""
+        shape = self._shape
+        latent_SR, key_SP = rows_SC.split_with_sizes([shape.kv_lora_rank, shape.qk_rope_head_dim], dim=-1)
+        k_nope = linear(latent_SR, self._k_up_ANR.flatten(0, 1)).view(-1, shape.num_heads, shape.qk_nope_head_dim)
+        k_SAD = torch.cat([k_nope, key_SP[:, None].expand(-1, shape.num_heads, -1)], dim=-1)
+        return k_SAD, linear(latent_SR, self._v_up_AVR.flatten(0, 1)).view(-1, shape.num_heads, shape.v_head_dim)
 
     def _decode(self, q_nope_TAN: Tensor, q_rope_TAP: Tensor, batch: AttentionBatch, cache: KvCache) -> Tensor:
         """Return [T, A, V]: the expansion of keys is folded into the query, that of values into the output."""
@@ -170,6 +180,15 @@ class Latent:
         share_QAS = scores_QAS.softmax(dim=-1, dtype=torch.float32).to(q_QAC.dtype)
         seen_QAR = torch.bmm(share_QAS, rows_QSC[..., : self._shape.kv_lora_rank])
         return torch.bmm(seen_QAR.transpose(0, 1), self._v_up_AVR.transpose(1, 2)).transpose(0, 1)
+
+
+def _causal(span: slice, context: int, device: torch.device) -> dict[str, Any]:
+    """Return how attention is told that tokens see those before them, when what precedes `span` is cached or nothing."""
+    count = span.stop - span.start
+    if count == context:
+        return {"is_causal": True}
+    seen_SS = torch.ones(count, context, dtype=torch.bool, device=device).tril(context - count)
+    return {"attn_mask": seen_SS}
 
 
 def rms_norm(vectors_xH: Tensor, weight_H: Tensor) -> Tensor:

@@ -64,28 +64,28 @@ class _Waits:
     head_s: float
 
     @classmethod
-    def of(cls, plan: StepPlan, rank: int, slowdown: float) -> Self:
+    def of(cls, plan: StepPlan, rank: int) -> Self:
         batches = plan.batches
         together = [batch.experts_s_LR + (0 if batch.overlap_shared else batch.shared_s_LR) for batch in batches]
         local_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
         return cls(
-            front_BL=[(slowdown * batch.front_s_LR[:, rank]).tolist() for batch in batches],
-            shared_BL=[(slowdown * batch.shared_s_LR[:, rank]).tolist() for batch in batches],
-            experts_BL=[(slowdown * times_LR[:, rank]).tolist() for times_LR in together],
-            local_L=(slowdown * local_LR[:, rank]).tolist(),
-            remote_LCR=(slowdown * plan.remote_s_LCRR[:, :, :, rank]).tolist(),
-            head_s=slowdown * float(plan.head_s_R[rank]),
+            front_BL=[batch.front_s_LR[:, rank].tolist() for batch in batches],
+            shared_BL=[batch.shared_s_LR[:, rank].tolist() for batch in batches],
+            experts_BL=[times_LR[:, rank].tolist() for times_LR in together],
+            local_L=local_LR[:, rank].tolist(),
+            remote_LCR=plan.remote_s_LCRR[:, :, :, rank].tolist(),
+            head_s=float(plan.head_s_R[rank]),
         )
 
 
 class WaitingWork:
-    """The `Work` of an emulated device; every wait is `slowdown` times what the plan says."""
+    """The `Work` of an emulated device."""
 
-    def __init__(self, rank: int, waiter: Waiter, slowdown: float) -> None:
-        self._rank, self._waiter, self._slowdown = rank, waiter, slowdown
+    def __init__(self, rank: int, waiter: Waiter) -> None:
+        self._rank, self._waiter = rank, waiter
 
     def prepare(self, layouts: Sequence[StepLayout], plans: Sequence[StepPlan]) -> None:
-        self._waits = [_Waits.of(plan, self._rank, self._slowdown) for plan in plans]
+        self._waits = [_Waits.of(plan, self._rank) for plan in plans]
 
     def begin(self, step: int) -> None:
         self._now = self._waits[step]

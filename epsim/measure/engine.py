@@ -53,7 +53,7 @@ class Engine:
         inputs = list(step_inputs(deployment, request_ids, max_output_tokens))
         tokens = list(step_tokens(deployment, request_ids, max_output_tokens))
         self.tokens, self.mode = tokens, transmission.mode
-        self._transport, self._work, self._overlap_shared = transport, work, transmission.overlap_shared
+        self._transport, self.work, self._overlap_shared = transport, work, transmission.overlap_shared
         self.plans: Sequence[StepPlan] = [
             deployment.planner.plan(given.works, given.traffic, given.kv_tokens_RR) for given in inputs
         ]
@@ -102,7 +102,7 @@ class Engine:
         num_layers = self.exchanges[0].num_layers
         step_s, kv_s, parts = [], 0.0, []
         sent_before_R = self._transport.sent_bytes_R.copy()
-        self._work.begin(0)
+        self.work.begin(0)
         self.exchanges[0].post_receives(0)
         self._kv.post_receives()
         self._transport.barrier()
@@ -111,12 +111,12 @@ class Engine:
             watch = Stopwatch(num_layers)
             after_front = self._kv.send_layer if step == 0 else _nothing
             run_step(
-                self.mode, exchange, self._work, watch, overlap_shared=self._overlap_shared, after_front=after_front
+                self.mode, exchange, self.work, watch, overlap_shared=self._overlap_shared, after_front=after_front
             )
             if step == 0:
                 self._kv.send_rest()
             if step + 1 < len(self.exchanges):
-                self._work.begin(step + 1)
+                self.work.begin(step + 1)
                 self.exchanges[step + 1].post_receives(0)
             self._transport.barrier()
             watch.lap("barrier", num_layers)

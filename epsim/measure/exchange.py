@@ -1,7 +1,6 @@
 """The messages of one step on one rank: `StepExchange` posts, sends, passes on and takes up.
 
-Receives are posted a layer ahead (gloo sends a message only then); buffers are kept for two layers. Near legs go straight
-to a rank. With node-level dedup far ones go to the gateway, the rank of that node that has the sender's index; it passes
+Receives are posted a layer ahead (gloo sends a message only then). Near legs go straight to a rank. With node-level dedup far ones go to the gateway, the rank of that node that has the sender's index; it passes
 on what is for others of its node (FORWARD), and adds up their results (GATHER) before one message goes home.
 """
 
@@ -16,7 +15,7 @@ import torch
 
 from epsim.measure.layout import Leg, Part, StepLayout
 from epsim.measure.mailbox import Box, Stream, WatchedBox
-from epsim.measure.transport import Kind, Posted, Transport, wait_all
+from epsim.measure.transport import MOST_CHUNKS, Kind, Posted, Transport, wait_all
 from epsim.measure.wire import Codec, dispatch_bytes
 from epsim.measure.work import Arrival, Work
 
@@ -74,7 +73,7 @@ class StepExchange:
         self._others = [(self.rank + i) % self.num_ranks for i in range(1, self.num_ranks)]
         self._lock = threading.Lock()
         self._gatherings: dict[tuple[int, int, int], _Gathering] = {}
-        self._sent: dict[int, list[Posted]] = {layer: [] for layer in range(self.num_layers)}
+        self._sent: list[Posted] = []
         self._legs: dict[tuple[int, int, int, int], Leg] = {}
         self._node_legs: dict[tuple[int, int, int, int], Leg] = {}
         self.arrivals: dict[Key, int] = {}  # how many to take in a layer and micro-batch
@@ -118,6 +117,10 @@ class StepExchange:
 
     def _mates(self) -> list[int]:
         return [r for r in self._others if self._node_R[r] == self._own_node()]
+
+    def _when(self, layer: int) -> tuple[int, int]:
+        """Return what tells the buffers of a layer from those of others: ranks drift apart by layers, not by a step."""
+        return layer, self.layout.tokens.step % 2
 
     # Receives, a layer ahead.
 
@@ -195,10 +198,11 @@ class StepExchange:
     def _post(
         self, kind: Kind, peer: int, origin: int, layer: int, chunk: int, size: int, then: Callable[[Any], None]
     ) -> None:
-        data = self._buffers.take(size, "in", kind, peer, origin, chunk, layer % 2)
-        posted = self._transport.receive(peer, kind, data, origin)
+        data = self._buffers.take(size, "in", kind, peer, origin, chunk, *self._when(layer))
+        label = _label(origin, chunk)
+        posted = self._transport.receive(peer, kind, data, label)
         if self._streams is not None:
-            self._streams.of(kind, peer, origin).expect(posted, partial(then, data))
+            self._streams.of(kind, peer, label).expect(posted, partial(then, data))
             return
         key = layer, self._batch(chunk)
         if kind in (Kind.DISPATCH, Kind.NODE_DISPATCH):
@@ -222,12 +226,12 @@ class StepExchange:
                     self._send_leg(Kind.NODE_DISPATCH, peer, layer, chunk, leg)
 
     def _send_leg(self, kind: Kind, peer: int, layer: int, chunk: int, leg: Leg) -> None:
-        out = self._buffers.take(self._out_bytes(leg), "out", kind, peer, chunk, layer % 2)
+        out = self._buffers.take(self._out_bytes(leg), "out", kind, peer, chunk, *self._when(layer))
         self._work.pack(layer, chunk, leg, out)
-        self._send(layer, peer, kind, out)
+        self._send(peer, kind, out, _label(0, chunk))
 
-    def _send(self, layer: int, peer: int, kind: Kind, out: torch.Tensor, origin: int = 0) -> None:
-        self._sent[layer].append(self._transport.send(peer, kind, out, origin))
+    def _send(self, peer: int, kind: Kind, out: torch.Tensor, label: int) -> None:
+        self._sent.append(self._transport.send(peer, kind, out, label))
 
     def send_result(self, arrival: Arrival) -> None:
         """Send the results for an arrival home, or to the gateway that its node shares for that home."""
@@ -240,9 +244,9 @@ class StepExchange:
             self._gather(layer, chunk, home, self.rank, arrival)
             return
         size = arrival.num_vectors * self._combine.vector_bytes
-        out = self._buffers.take(size, "out", kind, peer, home, chunk, layer % 2)
+        out = self._buffers.take(size, "out", kind, peer, home, chunk, *self._when(layer))
         self._work.result(arrival, out)
-        self._send(layer, peer, kind, out, origin)
+        self._send(peer, kind, out, _label(origin, chunk))
 
     # What a gateway does; in the threads of its streams.
 
@@ -256,13 +260,13 @@ class StepExchange:
                 continue
             out = None
             if rank != self.rank:
-                out = self._buffers.take(self._out_bytes(leg), "out", Kind.FORWARD, rank, home, chunk, layer % 2)
+                out = self._buffers.take(self._out_bytes(leg), "out", Kind.FORWARD, rank, home, chunk, *self._when(layer))
             part, kept = self._work.split(data, num_vectors, rank, out)
             gathering.parts[rank] = part
             if out is None:
                 self._come(key, layer, chunk, home, leg.num_vectors, kept)
             else:
-                self._send(layer, rank, Kind.FORWARD, out, home)
+                self._send(rank, Kind.FORWARD, out, _label(home, chunk))
 
     def _gather(self, layer: int, chunk: int, home: int, rank: int, arrived: Any) -> None:
         """Add the results of one rank of this node for a far home; the last ones send them home."""
@@ -274,9 +278,9 @@ class StepExchange:
             if gathering.waiting_for:
                 return
         size = gathering.num_vectors * self._combine.vector_bytes
-        out = self._buffers.take(size, "out", Kind.NODE_COMBINE, home, chunk, layer % 2)
+        out = self._buffers.take(size, "out", Kind.NODE_COMBINE, home, chunk, *self._when(layer))
         self._work.gathered(gathering.total, out)
-        self._send(layer, home, Kind.NODE_COMBINE, out)
+        self._send(home, Kind.NODE_COMBINE, out, _label(0, chunk))
 
     # Taking up.
 
@@ -291,11 +295,10 @@ class StepExchange:
             chunk, leg, data = self._returned[layer, batch].take()
             self._work.accept(layer, chunk, leg, data)
 
-    def wait_sent(self, layer: int) -> None:
-        """Wait until what was sent in a layer has left, so that its buffers can be used again."""
-        if layer >= 0:
-            wait_all(self._sent[layer])
-            self._sent[layer].clear()
+    def wait_sent(self) -> None:
+        """Wait until everything that was sent has left."""
+        wait_all(self._sent)
+        self._sent.clear()
 
     def fail(self, error: BaseException) -> None:
         """Hand an error to whoever waits."""
@@ -303,16 +306,21 @@ class StepExchange:
             box.put(error)
 
 
+def _label(origin: int, chunk: int) -> int:
+    """Return what tells messages of a kind between two ranks apart, as chunks may overtake each other at gateways."""
+    return origin * MOST_CHUNKS + chunk
+
+
 class Streams:
-    """The streams of a rank, one per kind, peer and origin, kept from step to step."""
+    """The streams of a rank, one per kind, peer and label, kept from step to step."""
 
     def __init__(self) -> None:
         self._streams: dict[tuple[Kind, int, int], Stream] = {}
         self.exchanges: Sequence[StepExchange] = ()
 
-    def of(self, kind: Kind, peer: int, origin: int) -> Stream:
+    def of(self, kind: Kind, peer: int, label: int) -> Stream:
         """Return the stream of such messages."""
-        key = kind, peer, origin
+        key = kind, peer, label
         if key not in self._streams:
             self._streams[key] = Stream(self._failed)
         return self._streams[key]

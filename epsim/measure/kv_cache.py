@@ -19,8 +19,8 @@ class AttentionBatch:
 
     Attributes:
         request_T: int64 [T], row of the cache of each token's request; ascending, each request's tokens together.
-        position_T: int64 [T], place of each token in its request; in prefill 0, 1, ... of whole prompts.
-        decode: one token of each request; else whole prompts.
+        position_T: int64 [T], place of each token in its request; in prefill without gaps.
+        decode: one token of each request; else prompts, or the part of a prompt that follows what is cached.
         requests: the rows of the cache, one per request, ascending.
         num_tokens: tokens of each request in this step.
         contexts: tokens of each request that are cached when this step's have been added.
@@ -48,8 +48,10 @@ class AttentionBatch:
             raise ValueError("a decode step has one token of each request")
         ends = self.position_T[counts.cumsum(0) - 1]
         object.__setattr__(self, "contexts", tuple((ends + 1).tolist()))
-        if not self.decode and self.contexts != self.num_tokens:
-            raise ValueError("a prefill has whole prompts: positions from 0 without gaps")
+        within = torch.arange(len(self.position_T), device=ends.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        firsts = (ends + 1 - counts).repeat_interleave(counts)
+        if not torch.equal(self.position_T, firsts + within):
+            raise ValueError("the tokens of a request follow one another: positions without gaps")
         object.__setattr__(self, "mask_QS", self._mask() if self.decode else None)
 
     def _mask(self) -> Tensor | None:
@@ -59,11 +61,11 @@ class AttentionBatch:
         positions_S = torch.arange(max(self.contexts), device=contexts_Q.device)
         return positions_S[None, :] < contexts_Q[:, None]
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Yield each request's row of the cache, and where its tokens are in the step."""
+    def spans(self) -> Iterator[tuple[int, slice, int]]:
+        """Yield each request's row of the cache, where its tokens are in the step, and how many it then has cached."""
         start = 0
-        for request, count in zip(self.requests, self.num_tokens, strict=True):
-            yield request, slice(start, start + count)
+        for request, count, context in zip(self.requests, self.num_tokens, self.contexts, strict=True):
+            yield request, slice(start, start + count), context
             start += count
 
 
@@ -88,8 +90,12 @@ class KvCache:
         if batch.decode:
             rows_QSC.index_put_((batch.request_T, batch.position_T), rows_TC)
             return
-        for request, span in batch.spans():
-            rows_QSC[request, : span.stop - span.start] = rows_TC[span]
+        for request, span, context in batch.spans():
+            rows_QSC[request, context - (span.stop - span.start) : context] = rows_TC[span]
+
+    def prompt(self, decoder_layer: int, request: int, context: int) -> Tensor:
+        """Return a view [context, C] of what a request has cached."""
+        return self._rows_NQSC[decoder_layer, request, :context]
 
     def read(self, decoder_layer: int, batch: AttentionBatch) -> Tensor:
         """Return [Q, max context, C] of a batch's requests: a view if their rows are evenly spaced, else a copy."""

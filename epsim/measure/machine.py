@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,14 @@ class CpuTime:
     @classmethod
     def now(cls) -> "CpuTime":
         """Return the counters; zeros where /proc/stat is not there."""
-        own = os.times()
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        own_s = own.ru_utime + own.ru_stime
         try:
             fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
         except OSError:
-            return cls(all_s=0.0, stolen_s=0.0, own_s=own.user + own.system)
+            return cls(all_s=0.0, stolen_s=0.0, own_s=own_s)
         user, nice, system, *_ = ticks = [int(field) / _TICKS_PER_S for field in fields]
-        return cls(all_s=user + nice + system, stolen_s=ticks[7] if len(ticks) > 7 else 0.0, own_s=own.user + own.system)
+        return cls(all_s=user + nice + system, stolen_s=ticks[7] if len(ticks) > 7 else 0.0, own_s=own_s)
 
 
 def foreign_cpu_frac(before: CpuTime, after: CpuTime, own_s: float, wall_s: float) -> float:

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from epsim.measure.transport import Posted
 
 _LONG_S = 600.0
@@ -65,6 +67,7 @@ class Stream:
         self._queue.put(None)
         self._thread.join()
 
+    @torch.inference_mode()  # which is a thread's own
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
             posted, then = entry

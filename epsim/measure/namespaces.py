@@ -40,11 +40,11 @@ class Namespaces:
 
     def command(self, argv: Sequence[str], host: str | None = None) -> list[str]:
         """Return the command that runs argv inside: on a host (a network namespace), or in the fabric between them."""
-        entered = ["nsenter", "-t", str(self.pid), "-m", "-n", "-p"]
+        entered = ["nsenter", "-t", str(self.pid), f"--wd={os.getcwd()}", "-m", "-n", "-p"]
         if self.with_user:
             entered += ["-U", "--preserve-credentials"]
-        on_host = [] if host is None else ["nsenter", f"--net=/run/netns/{host}"]
-        return [*entered, *on_host, *argv]
+        on_host = [] if host is None else ["nsenter", f"--net=/run/netns/{host}", "--"]
+        return [*entered, "--", *on_host, *argv]
 
     def run(self, argv: Sequence[str], host: str | None = None) -> str:
         """Run a short command inside and return what it prints; EpsimError with its complaint if it fails."""

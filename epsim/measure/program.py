@@ -55,7 +55,7 @@ def run_step(
     last = exchange.num_layers
     work.head()
     watch.lap("head", last)
-    exchange.wait_sent(last - 1)
+    exchange.wait_sent()
     watch.lap("combine", last)
 
 
@@ -136,7 +136,6 @@ def _compute_together(
 def _take_back(x: StepExchange, work: Work, watch: Stopwatch, layer: int, batch: int) -> None:
     """Wait for the results of a micro-batch's home tokens, and add them up."""
     x.take_results(layer, batch)
-    x.wait_sent(layer - 1)
     watch.lap("combine", layer)
     work.finish_layer(layer, batch)
     watch.lap("front", layer)

@@ -59,16 +59,19 @@ def _run_cell(job: dict[str, Any], cell: dict[str, Any], transport: Transport, d
                 continue
             runs.append(run)
     engine.close()
-    return {"cell": cell["id"], "runs": runs, "num_repeated": repeated}
+    outcome = {"cell": cell["id"], "runs": runs, "num_repeated": repeated}
+    if job.get("with_outputs"):
+        outcome["outputs"] = _outputs(engine.work, transport)
+    return outcome
 
 
 def _engine(job: dict[str, Any], spec: ScenarioSpec, transport: Transport, device: torch.device) -> Engine:
     deployment = assemble(spec)
     work: Work
     if job["emulated"]:
-        work = WaitingWork(transport.rank, Waiter(job["way"]), job["slowdown"])
+        work = WaitingWork(transport.rank, Waiter(job["way"]))
     else:
-        work = ModelWork(transport.rank, deployment, spec, device=device, dtype=getattr(torch, job["dtype"]))
+        work = ModelWork(transport.rank, deployment, spec, device=device)
     batch_size = spec.workload.batch_sizes[0]
     return Engine(
         deployment,
@@ -102,6 +105,12 @@ def _watched_run(engine: Engine, transport: Transport) -> dict[str, Any]:
         "prefill_parts_s_RPL": _rounded(parts_s_RP[:, 0]),
         "decode_parts_s_RPL": _rounded(parts_s_RP[:, 1:].mean(axis=1)) if parts_s_RP.shape[1] > 1 else None,
     }
+
+
+def _outputs(work: Any, transport: Transport) -> list[dict[int, Any]]:
+    """Return the last hidden vector of every request, by step, from whichever rank is its home."""
+    own = [{q: hidden_H.float().tolist() for q, hidden_H in zip(*step[:2], strict=True)} for step in work.outputs]
+    return [{q: vector for part in parts for q, vector in part.items()} for parts in zip(*transport.gather(own), strict=True)]
 
 
 def _rounded(seconds: Any) -> Any:

@@ -58,8 +58,8 @@ class Topology:
         """Return the IPv4 address of a rank's host."""
         return f"10.77.{(rank + 1) // 250}.{(rank + 1) % 250}"
 
-    def lay_out(self, inside: Namespaces, slowdown: float) -> None:
-        """Make hosts, bridges and cables; every bandwidth is divided by `slowdown`."""
+    def lay_out(self, inside: Namespaces) -> None:
+        """Make hosts, bridges and cables."""
         host_of = {name: f"rank{rank}" for rank, name in enumerate(self.hosts)}
         bridge_of = {name: f"br{number}" for number, name in enumerate(self.bridges)}
         for host in host_of.values():
@@ -80,7 +80,7 @@ class Topology:
                     name = INTERFACE
                 else:
                     inside.run(["ip", "link", "set", name, "master", bridge_of[end]])
-                _shape(inside, host, name, shape_of(bytes_per_s / slowdown))
+                _shape(inside, host, name, shape_of(bytes_per_s))
 
 
 def _shape(inside: Namespaces, host: str | None, name: str, shape: Shape) -> None:

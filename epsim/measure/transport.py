@@ -20,11 +20,12 @@ import torch.distributed as dist
 from epsim.errors import EpsimError
 
 Backend = Literal["gloo", "nccl"]
+MOST_CHUNKS = 64  # of a layer's tokens for one destination
 _TIMEOUT = timedelta(minutes=10)
 
 
 class Kind(IntEnum):
-    """What a message is; those of one kind between two ranks, for tokens of one home, keep their order."""
+    """What a message is. Those of one kind and label between two ranks keep their order."""
 
     DISPATCH = 0
     COMBINE = 1
@@ -85,18 +86,18 @@ class Transport:
         pinned = self.wire.type == "cpu" and torch.cuda.is_available()
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self.wire, pin_memory=pinned)
 
-    def send(self, peer: int, kind: Kind, data: torch.Tensor, origin: int = 0) -> Posted:
+    def send(self, peer: int, kind: Kind, data: torch.Tensor, label: int = 0) -> Posted:
         """Post the send of a uint8 vector, which must stay as it is until it has left."""
         self.sent_bytes_R[peer] += len(data)
-        return self._post(dist.isend, (self.rank, peer), peer, kind, data, origin)
+        return self._post(dist.isend, (self.rank, peer), peer, kind, data, label)
 
-    def receive(self, peer: int, kind: Kind, data: torch.Tensor, origin: int = 0) -> Posted:
+    def receive(self, peer: int, kind: Kind, data: torch.Tensor, label: int = 0) -> Posted:
         """Post the receive of as many bytes as `data` has."""
-        return self._post(dist.irecv, (peer, self.rank), peer, kind, data, origin)
+        return self._post(dist.irecv, (peer, self.rank), peer, kind, data, label)
 
-    def _post(self, post: Any, pair: tuple[int, int], peer: int, kind: Kind, data: torch.Tensor, origin: int) -> Posted:
+    def _post(self, post: Any, pair: tuple[int, int], peer: int, kind: Kind, data: torch.Tensor, label: int) -> Posted:
         try:
-            work = post(data, peer, group=self._group_of[pair], tag=int(kind) * self.num_ranks + origin)
+            work = post(data, peer, group=self._group_of[pair], tag=int(kind) * self.num_ranks * MOST_CHUNKS + label)
         except RuntimeError as error:
             raise PeerLost(f"rank {peer} is gone: {str(error).splitlines()[0]}") from error
         return Posted(work, peer)

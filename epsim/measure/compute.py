@@ -1,0 +1,300 @@
+"""A real model on one rank: `ModelWork`, the `Work` that computes.
+
+Tokens are fixed beforehand (a hash of request and position), as a replay fixes their experts, so that runs on any number of
+ranks compute the same. Letters: T home tokens of a step, V vectors, N pairs, K top-k, H hidden size, X slots of the rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epsim.batch import Deployment
+from epsim.errors import InputError
+from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
+from epsim.measure.layout import Leg, Part, StepLayout, part_of_leg
+from epsim.measure.wire import Codec, pack_dispatch, unpack_dispatch
+from epsim.measure.work import Arrival
+from epsim.scenario.spec import ScenarioSpec
+from epsim.sim import StepPlan
+from epsim.trace import Modality
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_SEED = 0  # of the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LegIndex:
+    """A leg as tensors: rows_V of the home tokens; code_N as sent; row_N, choice_N: where the gate weights are."""
+
+    rows_V: Tensor
+    code_N: Tensor
+    row_N: Tensor
+    choice_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HomeStep:
+    """What the home tokens of a step are to this rank. spans_B, attention_B: by micro-batch.
+
+    vision_rows, vision_places: which tokens are of images, and which of its request's vision tokens each is. All requests
+    show the same random pictures.
+    """
+
+    layout: StepLayout
+    token_ids_T: Tensor
+    vision_rows: Tensor
+    vision_places: Tensor
+    num_images: int
+    expert_ids_LTK: Tensor
+    spans_B: list[slice]
+    attention_B: list[AttentionBatch | None]
+    last_rows_Q: Tensor
+    requests_Q: tuple[int, ...]
+
+
+class ModelWork:
+    """The compute of one rank; `outputs` holds, by step, the requests at home here, their last hidden vectors, tokens."""
+
+    def __init__(self, rank: int, deployment: Deployment, spec: ScenarioSpec, *, device: torch.device) -> None:
+        card, placement = deployment.model, deployment.layout.placement
+        self._rank, self._device, self._dtype = rank, device, dtype_of(spec)
+        self._num_slots = placement.physical_to_logical_LP.shape[1]
+        self._slots_per_device = placement.slots_per_device
+        experts_LX = placement.physical_to_logical_LP.reshape(placement.num_layers, placement.num_devices, -1)[:, rank]
+        self.decoder = Decoder(card, experts_LX=experts_LX, seed=_SEED, device=device, dtype=self._dtype)
+        transmission = spec.transmission
+        self._out = Codec(hidden_size=card.hidden_size, dtype=transmission.dispatch_dtype)
+        self._back = Codec(hidden_size=card.hidden_size, dtype=transmission.combine_dtype)
+        self._batches = deployment.num_micro_batches
+        self._overlap_shared = transmission.overlap_shared
+        self._tokens_per_image = card.vision.tokens_per_image if card.vision else 0
+        self._legs: dict[int, tuple[Leg, _LegIndex]] = {}
+        self._local: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._results: dict[tuple[int, int, int], Tensor] = {}
+        self.outputs: list[tuple[tuple[int, ...], Tensor, list[int]]] = []
+
+    # Before anything is timed.
+
+    def prepare(self, layouts: Sequence[StepLayout], plans: Sequence[StepPlan]) -> None:
+        self._steps = [self._home_step(layout) for layout in layouts]
+        requests = max(int(layout.tokens.request_T.max()) for layout in layouts) + 1
+        longest = max(int(layout.tokens.position_T.max()) for layout in layouts) + 1
+        self._lengths = np.bincount(layouts[0].tokens.request_T, minlength=requests)
+        self._cache = KvCache(
+            self.decoder.card, num_requests=requests, max_tokens=longest, device=self._device, dtype=self._dtype
+        )
+
+    def _home_step(self, layout: StepLayout) -> _HomeStep:
+        tokens, own = layout.tokens, layout.own(self._rank)
+        request_T, position_T = tokens.request_T[own], tokens.position_T[own].astype(np.int64)
+        chunk_T = layout.chunk_T[own] if self._batches > 1 else np.zeros(len(request_T), np.int64)
+        bounds = np.searchsorted(chunk_T, np.arange(self._batches + 1))
+        spans = [slice(int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+        decode = tokens.step > 0
+        is_vision_T = (tokens.modality_T[own] == Modality.VISION) & (not decode)
+        vision_Q = np.bincount(request_T[is_vision_T]) if is_vision_T.any() else np.zeros(0, np.int64)
+        ids_TLK = tokens.topk_expert_ids_TLK[own].astype(np.int64)
+        last_rows = np.flatnonzero(np.append(np.diff(request_T) != 0, len(request_T) > 0)[: len(request_T)])
+        return _HomeStep(
+            layout=layout,
+            token_ids_T=self._tensor(request_T * 7919 + position_T * 104729 + 17),
+            vision_rows=self._tensor(np.flatnonzero(is_vision_T)),
+            vision_places=self._tensor(_places_within(request_T[is_vision_T])),
+            num_images=int((-(-vision_Q // self._tokens_per_image)).sum()) if self._tokens_per_image else 0,
+            expert_ids_LTK=self._tensor(ids_TLK.transpose(1, 0, 2)),
+            spans_B=spans,
+            attention_B=[self._attention(request_T[span], position_T[span], decode) for span in spans],
+            last_rows_Q=self._tensor(last_rows),
+            requests_Q=tuple(int(q) for q in request_T[last_rows]),
+        )
+
+    def _attention(self, request_T: Any, position_T: Any, decode: bool) -> AttentionBatch | None:
+        if not len(request_T):
+            return None
+        return AttentionBatch(request_T=self._tensor(request_T), position_T=self._tensor(position_T), decode=decode)
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+    def _index(self, leg: Leg) -> _LegIndex:
+        """Return a leg's tensors, made when it is first met."""
+        if id(leg) not in self._legs:
+            index = _LegIndex(
+                rows_V=self._tensor(leg.rows_V),
+                code_N=self._tensor((leg.vector_N * self._num_slots + leg.slot_N).astype(np.int32)),
+                row_N=self._tensor(leg.rows_V[leg.vector_N]),
+                choice_N=self._tensor(leg.choice_N),
+            )
+            self._legs[id(leg)] = leg, index
+        return self._legs[id(leg)][1]
+
+    def _local_pairs(self, layer: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return row, own slot, row and choice (for the weight) of the pairs of home tokens that stay here."""
+        key = self._step, layer, batch
+        if key not in self._local:
+            layout, span = self._now.layout, self._now.spans_B[batch]
+            slot_TK = layout.slot_TLK[layout.own(self._rank)][span, layer] - self._rank * self._slots_per_device
+            row_N, choice_N = np.nonzero((slot_TK >= 0) & (slot_TK < self._slots_per_device))
+            values = (row_N, slot_TK[row_N, choice_N], row_N + span.start, choice_N)
+            self._local[key] = tuple(self._tensor(value) for value in values)  # type: ignore[assignment]
+        return self._local[key]
+
+    # A step.
+
+    def begin(self, step: int) -> None:
+        if step == 0:
+            self.outputs = []
+        self._step, self._now = step, self._steps[step]
+
+    def front(self, layer: int, batch: int) -> None:
+        now = self._now
+        if layer == 0 and batch == 0:
+            self._hidden_TH = self._embedded()
+            self._normed_TH = torch.empty_like(self._hidden_TH)
+            shape = (len(self._hidden_TH), now.expert_ids_LTK.shape[2])
+            self._weights_TK = torch.empty(shape, dtype=torch.float32, device=self._device)
+        attention, span = now.attention_B[batch], now.spans_B[batch]
+        if attention is None:
+            return
+        hidden = self.decoder.attend(layer, self._hidden_TH[span], attention, self._cache)
+        normed, weights = self.decoder.route(layer, hidden, now.expert_ids_LTK[layer, span])
+        self._hidden_TH[span], self._normed_TH[span], self._weights_TK[span] = hidden, normed, weights
+
+    def _embedded(self) -> Tensor:
+        now = self._now
+        hidden_TH = self.decoder.embed(now.token_ids_T)
+        if now.num_images:
+            seen = self.decoder.vision(now.num_images)
+            hidden_TH[now.vision_rows] = seen[now.vision_places]
+        return hidden_TH
+
+    def pack(self, layer: int, chunk: int, leg: Leg, out: Tensor) -> None:
+        index = self._index(leg)
+        weight_N = self._weights_TK[index.row_N, index.choice_N]
+        pack_dispatch(self._out, self._normed_TH[index.rows_V], index.code_N, weight_N, out)
+
+    def shared(self, layer: int, batch: int) -> None:
+        span = self._now.spans_B[batch]
+        added = self.decoder.shared(layer, self._normed_TH[span])
+        if added is not None:
+            self._hidden_TH[span] += added
+
+    def local(self, layer: int) -> None:
+        row_N, slot_N, *where = self._local_pairs(layer, 0)
+        out_TH = self.decoder.experts(layer, self._normed_TH, row_N, slot_N, self._weights_TK[*where])
+        self._hidden_TH += out_TH
+        self.shared(layer, 0)
+
+    def remote(self, arrival: Arrival) -> None:
+        vectors, vector_N, slot_N, weight_N = self._unpacked(arrival)
+        self._keep(arrival, self.decoder.experts(arrival.layer, vectors, vector_N, slot_N, weight_N))
+
+    def experts(self, layer: int, batch: int, arrivals: list[Arrival]) -> None:
+        span = self._now.spans_B[batch]
+        row_N, slot_N, *where = self._local_pairs(layer, batch)
+        parts = [(self._normed_TH[span], row_N, slot_N, self._weights_TK[*where])]
+        parts += [self._unpacked(arrival) for arrival in arrivals]
+        starts = np.cumsum([0, *(len(part[0]) for part in parts)]).tolist()
+        vectors, slots, weights = (torch.cat([part[i] for part in parts]) for i in (0, 2, 3))
+        vector_N = torch.cat([part[1] + start for part, start in zip(parts, starts, strict=False)])
+        own, *others = self.decoder.experts(layer, vectors, vector_N, slots, weights).split(
+            [len(part[0]) for part in parts]
+        )
+        self._hidden_TH[span] += own
+        for arrival, out in zip(arrivals, others, strict=True):
+            self._keep(arrival, out)
+        if not self._overlap_shared:
+            self.shared(layer, batch)
+
+    def _unpacked(self, arrival: Arrival) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return vectors, vector and own slot of each pair, and gate weights of an arrival."""
+        content = arrival.data
+        if isinstance(content, Tensor):
+            content = self._read(content, arrival.num_vectors)
+        vectors, vector_N, slot_N, weight_N = content
+        return vectors, vector_N, slot_N - self._rank * self._slots_per_device, weight_N
+
+    def _read(self, data: Tensor, num_vectors: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        vectors, code_N, weight_N = unpack_dispatch(self._out, data.to(self._device), num_vectors, self._dtype)
+        code_N = code_N.long()
+        return vectors, code_N // self._num_slots, code_N % self._num_slots, weight_N
+
+    def _keep(self, arrival: Arrival, out_VH: Tensor) -> None:
+        self._results[arrival.layer, arrival.chunk, arrival.home] = out_VH
+
+    def _result(self, arrival: Arrival) -> Tensor:
+        return self._results.pop((arrival.layer, arrival.chunk, arrival.home))
+
+    def result(self, arrival: Arrival, out: Tensor) -> None:
+        self._back.write(self._result(arrival), out)
+
+    def accept(self, layer: int, chunk: int, leg: Leg, data: Tensor) -> None:
+        returned_VH = self._back.read(data.to(self._device), self._dtype)
+        self._hidden_TH.index_add_(0, self._index(leg).rows_V, returned_VH)
+
+    def finish_layer(self, layer: int, batch: int) -> None:
+        """Everything has been added already."""
+
+    # At a gateway.
+
+    def split(self, data: Tensor, num_vectors: int, destination: int, out: Tensor | None) -> tuple[Part, Any]:
+        vectors, vector_N, slot_N, weight_N = self._read(data, num_vectors)
+        part = part_of_leg(vector_N.cpu().numpy(), slot_N.cpu().numpy(), self._slots_per_device, destination)
+        rows, pairs = self._tensor(part.vectors_V), self._tensor(part.pairs_N)
+        renumbered_N = self._tensor(part.vector_N)
+        if out is None:
+            return part, (vectors[rows], renumbered_N, slot_N[pairs], weight_N[pairs])
+        code_N = renumbered_N * self._num_slots + slot_N[pairs]
+        pack_dispatch(self._out, vectors[rows], code_N, weight_N[pairs], out)
+        return part, None
+
+    def gather(self, total: Tensor | None, part: Part, arrived: Any, num_vectors: int) -> Tensor:
+        if isinstance(arrived, Arrival):
+            results_VH = self._result(arrived)
+        else:
+            results_VH = self._back.read(arrived.to(self._device), self._dtype)
+        if total is None:
+            total = torch.zeros(num_vectors, results_VH.shape[1], device=self._device)
+        return total.index_add_(0, self._tensor(part.vectors_V), results_VH.float())
+
+    def gathered(self, total: Tensor | None, out: Tensor) -> None:
+        assert total is not None
+        self._back.write(total, out)
+
+    # The KV cache and the end of a step.
+
+    def cached(self, layer: int, requests: list[int], out: Tensor) -> None:
+        out.view(self._dtype).copy_(self._cache.rows(layer, requests, self._lengths[requests].tolist()))
+
+    def load(self, layer: int, requests: list[int], data: Tensor) -> None:
+        flat = data.view(self._dtype).to(self._device)
+        self._cache.load(layer, requests, self._lengths[requests].tolist(), flat)
+
+    def head(self) -> None:
+        last_QH = self._hidden_TH[self._now.last_rows_Q]
+        self.outputs.append((self._now.requests_Q, last_QH, self.decoder.head(last_QH).tolist()))
+
+
+def _places_within(request_T: Any) -> Any:
+    """Return the place of each token among those of its request, which stand together."""
+    starts = np.flatnonzero(np.diff(request_T, prepend=-1))
+    return np.arange(len(request_T)) - np.repeat(starts, np.diff(np.append(starts, len(request_T))))
+
+
+def dtype_of(spec: ScenarioSpec) -> torch.dtype:
+    """Return the dtype that a scenario's model computes in; InputError where its bytes say otherwise."""
+    model = spec.model
+    if model.compute_dtype not in DTYPES:
+        raise InputError(f'model.compute_dtype: "{model.compute_dtype}" cannot be run; write {" or ".join(DTYPES)}')
+    dtype = DTYPES[model.compute_dtype]
+    for field in ("weight_dtype_bytes", "activation_dtype_bytes", "kv_dtype_bytes"):
+        found = getattr(model, field)
+        if found != dtype.itemsize:
+            raise InputError(
+                f"model.{field}: {found:g} is not what {model.compute_dtype} takes; write {dtype.itemsize} to run it"
+            )
+    return dtype
