@@ -74,7 +74,7 @@ def compare(
     All combinations are checked before the first is simulated.
     """
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    specs = [_with(raw, combination) for combination in combinations]
+    specs = [with_settings(raw, combination) for combination in combinations]
     for spec in specs:
         model_and_cluster(spec)  # quick, so that what it refuses is said before any trace is drawn
     if any(spec.workload.batch_sizes != specs[0].workload.batch_sizes for spec in specs):
@@ -111,7 +111,8 @@ def _resources(size: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with(raw: dict[str, Any], combination: Mapping[str, Any]) -> ScenarioSpec:
+def with_settings(raw: dict[str, Any], combination: Mapping[str, Any]) -> ScenarioSpec:
+    """Return the scenario with a value for each axis."""
     own = copy.deepcopy(raw)
     for target, value in combination.items():
         apply_override(own, target, value, origin="--axis")

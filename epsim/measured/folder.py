@@ -1,0 +1,110 @@
+"""A folder of measured runs, `MeasuredRuns`: what was run, on what, with which micro-benchmarks, and every time.
+
+One file, `measured.json`, rewritten whole after every launch, so that a broken session loses one launch at most.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim import __version__
+from epsim.atomic import whole_file
+from epsim.errors import InputError
+from epsim.measured.grid import Cell, cells_of, network_key
+from epsim.measured.network_profile import NetworkProfile
+
+FILE = "measured.json"
+DEVICE_FILE = "device.json"  # beside it, for real runs: what epsim measure device wrote
+_FORMAT = 1
+_KEYS = ("scenario", "axes", "options", "machine", "networks", "launches")
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(kw_only=True)
+class MeasuredRuns:
+    """scenario: as given, a mapping. axes: values by path. options: how it was run (`emulated`, `dilation`, ...).
+
+    networks: the profile of each different network of the cells, in order. launches: a list for each launch of the
+    processes, in it a mapping per cell, in the order of `cells`: step_s [runs][steps], kv_s [runs], and what else was seen.
+    """
+
+    scenario: dict[str, Any]
+    axes: dict[str, list[Any]]
+    options: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=dict)
+    networks: list[dict[str, Any]] = field(default_factory=list)
+    launches: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return what a folder holds; InputError, in one line, if it is no such folder."""
+        path = folder / FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be read: {error.strerror}; name a folder that epsim measure run wrote"
+            ) from error
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON; name a folder that epsim measure run wrote") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT or any(k not in content for k in _KEYS):
+            raise InputError(f"{path}: not measured runs in format {_FORMAT}; name a folder that epsim measure run wrote")
+        return cls(**{key: content[key] for key in _KEYS})
+
+    def write(self, folder: Path) -> None:
+        """Write the folder's file, whole."""
+        content = {"format": _FORMAT, "epsim": __version__, **{key: getattr(self, key) for key in _KEYS}}
+        with whole_file(folder / FILE) as part:
+            part.write_text(_one_line_each(content), encoding="utf-8")
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells, in order."""
+        return cells_of(self.scenario, self.axes, self.options["dilation"])
+
+    def network_of(self, cell: Cell) -> NetworkProfile:
+        """Return the profile of the network that a cell ran on."""
+        key = network_key(cell.spec)
+        for network in self.networks:
+            if network["key"] == key:
+                return NetworkProfile(raw=network["raw"], shapes=network["shapes"])
+        raise InputError(f"{FILE}: lacks the micro-benchmarks of a network; measure it with epsim measure run")
+
+    def runs_of(self, number: int) -> "CellRuns":
+        """Return all runs of the cell with this number."""
+        launches = [launch["cells"][str(number)] for launch in self.launches if str(number) in launch["cells"]]
+        return CellRuns(
+            step_s=[np.array(launch["step_s"]) for launch in launches],
+            kv_s=[np.array(launch["kv_s"]) for launch in launches],
+            num_repeated=sum(launch["num_repeated"] for launch in launches),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRuns:
+    """Runs of a cell by launch: step_s [runs, steps] and kv_s [runs] of each, s. num_repeated: disturbed, run again."""
+
+    step_s: list[Floats]
+    kv_s: list[Floats]
+    num_repeated: int
+
+    def ttft_s(self) -> list[Floats]:
+        """Return the time to first token of every run, [runs] of each launch."""
+        return [steps[:, 0] for steps in self.step_s]
+
+
+def _one_line_each(content: Mapping[str, Any]) -> str:
+    """Return JSON with a line for every key, network and cell of a launch, so that differences can be read."""
+    lines = []
+    for key, value in content.items():
+        if key in ("networks", "launches"):
+            entries = ",\n  ".join(json.dumps(entry, separators=(",", ":")) for entry in value)
+            lines.append(f' "{key}": [\n  {entries}\n ]')
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

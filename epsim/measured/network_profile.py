@@ -1,0 +1,175 @@
+"""From the micro-benchmarks of a network to figures of the simulator: `NetworkProfile.overrides`.
+
+One-way time of n bytes: A + max(0, (f n + h - burst) / rate), where rate and burst are what the shaper was told (Linux
+tbf), and A, f and h are fitted. A has the time that posting a send takes its caller (`send_overhead`) and the rest, which
+is the latency of the links. P pairs of ranks that stand for others, N sizes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim.cluster import Cluster
+from epsim.errors import InputError
+from epsim.scenario import ScenarioSpec, apply_override, check_scenario
+
+Floats = npt.NDArray[np.float64]
+SIZES = (1, 600, 2400, 9600, 38400, 153600, 614400)  # bytes, measured
+_SMALL_BYTES = 4096  # messages up to this size cost what a message costs, and no more
+_NEGLIGIBLE_S_PER_BYTE = 1e-13
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkFit:
+    """One-way times of a pair: latency_s (A less the send), frame_overhead f - 1, message_header h, and how well it fits.
+
+    ack_overhead: by what share messages of the other direction slow this one down. mean_error: of the one-way times.
+    bytes_per_s: of the narrowest link; fitted, where nothing is shaped.
+    """
+
+    latency_s: float
+    frame_overhead: float
+    message_header_bytes: float
+    ack_overhead: float
+    bytes_per_s: float
+    mean_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkProfile:
+    """raw: what was measured (`epsim.measure.network.measure_network`), with `shapes` of the scenario's links.
+
+    shapes: for each entry of cluster.links bandwidth and burst in SI units, or None where nothing shapes it.
+    """
+
+    raw: Mapping[str, Any]
+    shapes: Sequence[Mapping[str, float]] | None
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Self:
+        """Return the profile in a file; InputError if it holds something else."""
+        try:
+            content = json.loads(text)
+            return cls(raw=content["raw"], shapes=content["shapes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{where}: not a network profile; write one with epsim measure network") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"raw": dict(self.raw), "shapes": self.shapes}
+
+    @property
+    def send_overhead_s(self) -> float:
+        """What posting the send of a small message takes its caller."""
+        return self._small("send")
+
+    @property
+    def receive_overhead_s(self) -> float:
+        """What posting the receive of a small message takes its caller."""
+        return self._small("receive")
+
+    def _small(self, what: str) -> float:
+        cells = [cell for pair in self.raw["pairs"] for cell in pair["cells"] if cell["bytes"] <= _SMALL_BYTES]
+        return float(np.median([cell[what]["s"] for cell in cells]))
+
+    @property
+    def background_bytes_per_s(self) -> float | None:
+        """Bytes moved per second of compute that moving them costs; None where that is nothing.
+
+        With computing ranks the slowdown of compute beside a stream; with waiting ones the time that posting a
+        longer send takes its caller.
+        """
+        seconds_per_byte = self.raw["interference_s_per_byte"]
+        if seconds_per_byte is None:
+            cells = self.raw["pairs"][0]["cells"]
+            seconds_per_byte = np.polyfit([c["bytes"] for c in cells], [c["send"]["s"] for c in cells], 1)[0] / 2
+        return None if seconds_per_byte < _NEGLIGIBLE_S_PER_BYTE else float(1 / seconds_per_byte)
+
+    def fits(self, cluster: Cluster) -> list[LinkFit]:
+        """Return the fit of each measured pair."""
+        return [self._fit(pair, cluster) for pair in self.raw["pairs"]]
+
+    def _fit(self, pair: Mapping[str, Any], cluster: Cluster) -> LinkFit:
+        sizes_N = np.array([cell["bytes"] for cell in pair["cells"]], dtype=np.float64)
+        one_way_N = np.array([cell["one_way"]["s"] for cell in pair["cells"]])
+        both_N = np.array([cell["both_ways"]["s"] for cell in pair["cells"]])
+        narrow = min(cluster.route(*pair["pair"]), key=lambda link: link.bytes_per_s)
+        if self.shapes is None:
+            return self._fit_unshaped(sizes_N, one_way_N)
+        burst = next(s["burst"] for s in self.shapes if np.isclose(s["bandwidth"], narrow.bytes_per_s))
+        base_s = float(np.median(one_way_N[sizes_N <= _SMALL_BYTES]))
+        long_N = sizes_N > 2 * burst
+        wire_N = (one_way_N[long_N] - base_s) * narrow.bytes_per_s + burst  # f n + h
+        weight_N = 1 / one_way_N[long_N]
+        design = np.stack([sizes_N[long_N], np.ones(long_N.sum())], axis=1)
+        factor, header = np.linalg.lstsq(design * weight_N[:, None], wire_N * weight_N, rcond=None)[0]
+        header = max(0.0, float(header))
+        predicted_N = base_s + np.maximum(0.0, factor * sizes_N + header - burst) / narrow.bytes_per_s
+        slower = (both_N[-1] - base_s) / max(one_way_N[-1] - base_s, 1e-9) - 1
+        return LinkFit(
+            latency_s=max(0.0, base_s - self.send_overhead_s),
+            frame_overhead=max(0.0, float(factor) - 1),
+            message_header_bytes=header,
+            ack_overhead=min(1.0, max(0.0, float(slower))),
+            bytes_per_s=narrow.bytes_per_s,
+            mean_error=float(np.abs(predicted_N / one_way_N - 1).mean()),
+        )
+
+    def _fit_unshaped(self, sizes_N: Floats, one_way_N: Floats) -> LinkFit:
+        weight_N = 1 / one_way_N
+        design = np.stack([sizes_N, np.ones(len(sizes_N))], axis=1)
+        s_per_byte, base_s = np.linalg.lstsq(design * weight_N[:, None], one_way_N * weight_N, rcond=None)[0]
+        predicted_N = base_s + s_per_byte * sizes_N
+        return LinkFit(
+            latency_s=max(0.0, float(base_s) - self.send_overhead_s),
+            frame_overhead=0.0,
+            message_header_bytes=0.0,
+            ack_overhead=0.0,
+            bytes_per_s=float(1 / max(s_per_byte, 1e-12)),
+            mean_error=float(np.abs(predicted_N / one_way_N - 1).mean()),
+        )
+
+    def overrides(self, spec: ScenarioSpec, cluster: Cluster) -> dict[str, Any]:
+        """Return the fields of a scenario on this network that the profile sets, as `--set` takes them."""
+        found: dict[str, Any] = {"transmission.connections": "pair"}
+        if spec.transmission.mode == "sync":
+            found["transmission.barriers"] = "own"
+        fits = self.fits(cluster)
+        direct = min(fits, key=lambda fit: fit.latency_s)
+        hops = {i: len(cluster.route(*pair["pair"])) for i, pair in enumerate(self.raw["pairs"])}
+        per_hop_s = direct.latency_s / hops[fits.index(direct)]
+        for number, link in enumerate(spec.cluster.links):
+            own = [fit for fit in fits if np.isclose(fit.bytes_per_s, link.bandwidth)] or [direct]
+            fit, latency_s = own[0], per_hop_s
+            if fit is not direct:  # a link that only far pairs use has the rest of their latency
+                latency_s = max(0.0, fit.latency_s - (hops[fits.index(fit)] - 1) * per_hop_s)
+            path = f"cluster.links[{number}]"
+            if self.shapes is not None:
+                found[f"{path}.burst"] = f"{self.shapes[number]['burst']:.0f} B"
+                found[f"{path}.message_header"] = f"{fit.message_header_bytes:.1f} B"
+            else:
+                found[f"{path}.bandwidth"] = f"{fit.bytes_per_s:.6g} B/s"
+            found[f"{path}.frame_overhead"] = round(fit.frame_overhead, 6)
+            found[f"{path}.ack_overhead"] = round(fit.ack_overhead, 6)
+            found[f"{path}.latency"] = f"{latency_s * 1e6:.3f} us"
+        messaging = {
+            "send_overhead": f"{self.send_overhead_s * 1e6:.3f} us",
+            "receive_overhead": f"{self.receive_overhead_s * 1e6:.3f} us",
+        }
+        if self.background_bytes_per_s is not None:
+            messaging["background_bandwidth"] = f"{self.background_bytes_per_s:.6g} B/s"
+        for name in spec.cluster.device_types:
+            found[f"cluster.device_types.{name}.messaging"] = messaging
+            found[f"cluster.device_types.{name}.step_overhead"] = f"{self.raw['barrier']['s'] * 1e6:.3f} us"
+        return found
+
+
+def with_overrides(spec: ScenarioSpec, overrides: Mapping[str, Any]) -> ScenarioSpec:
+    """Return the scenario with fields changed."""
+    raw = spec.model_dump(mode="json", by_alias=True)
+    for path, value in overrides.items():
+        apply_override(raw, path, value, origin="network profile")
+    return check_scenario(raw)

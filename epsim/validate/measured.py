@@ -1,0 +1,209 @@
+"""Predictions beside measured runs: `measured_report`, as plain values.
+
+A prediction comes from the scenario and the micro-benchmarks of the folder alone. A measured figure is the mean over
+launches of each launch's median over runs. The noise floor is the error of the best prediction there can be: of a launch
+by the mean of the other launches of its cell.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim.batch import step_inputs
+from epsim.cluster import build_cluster
+from epsim.measured.folder import DEVICE_FILE, CellRuns, MeasuredRuns
+from epsim.measured.grid import Cell
+from epsim.measured.network_profile import with_overrides
+from epsim.metrics import RequestRecord
+from epsim.run import assemble, simulate
+from epsim.scenario import ScenarioSpec
+
+METRICS = ("ttft_s", "tpot_s")
+CLEAR_GAIN_PERCENT = 5.0  # gains beyond it should have the right sign
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A figure of a cell, s: its mean, and that of each launch."""
+
+    mean: float
+    launches: Floats
+
+    @property
+    def noise_percent(self) -> float | None:
+        """Return by how much a launch differs from the mean of the others, on average; None for a single one."""
+        n = len(self.launches)
+        if n < 2:
+            return None
+        others = (self.launches.sum() - self.launches) / (n - 1)
+        return float(100 * np.abs(self.launches / others - 1).mean())
+
+
+def predicted_spec(runs: MeasuredRuns, cell: Cell, folder: Path) -> ScenarioSpec:
+    """Return the scenario of a cell with everything that the micro-benchmarks say."""
+    cluster = build_cluster(cell.spec.cluster.model_dump())
+    overrides = dict(runs.network_of(cell).overrides(cell.spec, cluster))
+    if not runs.options["emulated"]:
+        profile = folder / DEVICE_FILE
+        overrides |= {f"cluster.device_types.{name}.profile": str(profile) for name in cell.spec.cluster.device_types}
+    return with_overrides(cell.spec, overrides)
+
+
+def _requests(cell: Cell) -> list[npt.NDArray[np.int64]]:
+    """Return which requests of the batch get a token in each step."""
+    deployment, workload = assemble(cell.spec), cell.spec.workload
+    ids = deployment.trace.requests.request_id_Q[: workload.batch_sizes[0]]
+    return [given.request_Q for given in step_inputs(deployment, ids, workload.max_output_tokens)]
+
+
+def measured_figures(requests: Sequence[npt.NDArray[np.int64]], runs: CellRuns) -> dict[str, Measured | None]:
+    """Return TTFT and TPOT, means over requests; None where nothing is decoded."""
+    by_launch: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    for step_s, kv_s in zip(runs.step_s, runs.kv_s, strict=True):
+        of_runs: dict[str, list[float]] = {metric: [] for metric in METRICS}
+        for steps, waited_s in zip(step_s, kv_s, strict=True):
+            records = _records(requests, steps, float(waited_s))
+            of_runs["ttft_s"].append(float(np.mean([record.ttft_s for record in records])))
+            tpots = [record.tpot_s for record in records if record.tpot_s is not None]
+            if tpots:
+                of_runs["tpot_s"].append(float(np.mean(tpots)))
+        for metric, values in of_runs.items():
+            if values:
+                by_launch[metric].append(float(np.median(values)))
+    return {
+        metric: Measured(mean=float(np.mean(values)), launches=np.array(values)) if values else None
+        for metric, values in by_launch.items()
+    }
+
+
+def _records(requests: Sequence[npt.NDArray[np.int64]], step_s: Floats, kv_s: float) -> list[RequestRecord]:
+    ends_s = np.cumsum(step_s)
+    ends_s[1:] += kv_s
+    times: dict[int, list[float]] = {int(q): [] for q in requests[0]}
+    for request_Q, end_s in zip(requests, ends_s, strict=True):
+        for q in request_Q:
+            times[int(q)].append(float(end_s))
+    return [RequestRecord(request_id=q, arrival_s=0.0, token_times_s=tuple(seen)) for q, seen in times.items()]
+
+
+def measured_report(folder: Path) -> dict[str, Any]:
+    """Return cells, errors and gains of a folder of measured runs, as plain values."""
+    runs = MeasuredRuns.read(folder)
+    cells = []
+    for number, cell in enumerate(runs.cells):
+        own = runs.runs_of(number)
+        if own.step_s:
+            cells.append(_cell(runs, cell, own, folder))
+    return {
+        "scenario": runs.scenario["name"],
+        "machine": runs.machine,
+        "options": runs.options,
+        "axes": runs.axes,
+        "num_launches": len(runs.launches),
+        "networks": [_network(runs, network) for network in _first_cells(runs)],
+        "cells": cells,
+        "errors": {metric: _errors(cells, metric) for metric in METRICS},
+        "gains": {metric: list(_gains(cells, runs.axes, metric)) for metric in METRICS},
+        "gain_errors": {metric: _gain_errors(list(_gains(cells, runs.axes, metric))) for metric in METRICS},
+    }
+
+
+def _first_cells(runs: MeasuredRuns) -> list[Cell]:
+    """Return a cell of each network."""
+    found = {id(runs.network_of(cell).raw): cell for cell in reversed(runs.cells)}
+    return list(found.values())[::-1]
+
+
+def _network(runs: MeasuredRuns, cell: Cell) -> dict[str, Any]:
+    """Return what the micro-benchmarks of a cell's network say."""
+    profile, cluster = runs.network_of(cell), build_cluster(cell.spec.cluster.model_dump())
+    return {
+        "links": [f"{link.name or link.source + '-' + link.target}" for link in cell.spec.cluster.links],
+        "fits": [vars(fit) for fit in profile.fits(cluster)],
+        "send_overhead_s": profile.send_overhead_s,
+        "receive_overhead_s": profile.receive_overhead_s,
+        "background_bytes_per_s": profile.background_bytes_per_s,
+        "barrier_s": profile.raw["barrier"]["s"],
+        "set": {path: str(value) for path, value in profile.overrides(cell.spec, cluster).items()},
+    }
+
+
+def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, folder: Path) -> dict[str, Any]:
+    measured = measured_figures(_requests(cell), own)
+    summary = simulate(predicted_spec(runs, cell, folder)).results["batch_sizes"][0]
+    row: dict[str, Any] = {"label": cell.label, "settings": dict(cell.settings), "num_repeated": own.num_repeated}
+    for metric in METRICS:
+        found, predicted = measured[metric], summary[metric]
+        if found is None or predicted is None:
+            row[metric] = None
+            continue
+        row[metric] = {
+            "measured": found.mean,
+            "low": float(found.launches.min()),
+            "high": float(found.launches.max()),
+            "noise_percent": found.noise_percent,
+            "predicted": predicted["mean"],
+            "error_percent": 100 * (predicted["mean"] / found.mean - 1),
+        }
+    return row
+
+
+def _errors(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any] | None:
+    errors = np.array([cell[metric]["error_percent"] for cell in cells if cell[metric]])
+    noises = [cell[metric]["noise_percent"] for cell in cells if cell[metric]]
+    if not len(errors):
+        return None
+    return {
+        "num_cells": len(errors),
+        "mean_percent": float(np.abs(errors).mean()),
+        "max_percent": float(np.abs(errors).max()),
+        "bias_percent": float(errors.mean()),
+        "noise_percent": None if None in noises else float(np.mean(noises)),
+    }
+
+
+def _gains(cells: Sequence[Mapping[str, Any]], axes: Mapping[str, list[Any]], metric: str) -> Iterator[dict[str, Any]]:
+    """Yield, for each axis and pair of its values, the change of otherwise equal cells, measured and predicted."""
+    for path in axes:
+        for first, second in itertools.combinations(cells, 2):
+            differing = [p for p in first["settings"] if first["settings"][p] != second["settings"][p]]
+            if differing != [path] or not first[metric] or not second[metric]:
+                continue
+            measured, predicted = (
+                100 * (second[metric][source] / first[metric][source] - 1) for source in ("measured", "predicted")
+            )
+            yield {
+                "axis": path,
+                "from": first["label"],
+                "to": str(second["settings"][path]),
+                "measured_percent": measured,
+                "predicted_percent": predicted,
+                "error_points": predicted - measured,
+            }
+
+
+def _gain_errors(gains: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the errors of the gains by axis, and of all."""
+    rows = []
+    for path in [*dict.fromkeys(gain["axis"] for gain in gains), None]:
+        own = [gain for gain in gains if path in (None, gain["axis"])]
+        clear = [gain for gain in own if abs(gain["measured_percent"]) > CLEAR_GAIN_PERCENT]
+        right = [gain for gain in clear if gain["measured_percent"] * gain["predicted_percent"] > 0]
+        if own:
+            rows.append(
+                {
+                    "axis": path,
+                    "num_gains": len(own),
+                    "mean_error_points": float(np.mean([abs(gain["error_points"]) for gain in own])),
+                    "max_error_points": float(np.max([abs(gain["error_points"]) for gain in own])),
+                    "num_clear": len(clear),
+                    "num_right_sign": len(right),
+                }
+            )
+    return rows
