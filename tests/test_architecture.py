@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": set(),
     "placement": {"trace", "cluster"},
     "traffic": {"trace", "placement", "cluster"},
-    "cost": {"cluster", "model", "placement"},
+    "cost": {"atomic", "cluster", "model", "placement"},
     "sim": {"traffic", "cost", "cluster", "model"},
     "metrics": set(),
     "layout": {"cluster", "cost", "model", "placement"},
