@@ -11,6 +11,7 @@ import typer
 
 from epsim import __version__
 from epsim.cli_calibrate import calibrate
+from epsim.cli_measure import measure_app
 from epsim.cli_study import study_app
 from epsim.cli_trace import Overrides, ScenarioPath, trace_app
 from epsim.cli_train import train
@@ -31,6 +32,7 @@ app.add_typer(scenario_app)
 app.add_typer(trace_app)
 app.add_typer(study_app)
 app.add_typer(validate_app)
+app.add_typer(measure_app)
 
 
 def _version(show: bool) -> None:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from epsim import __version__
 from epsim.batch import Deployment, StepInput, run_steps, step_inputs
 from epsim.cluster import Cluster, build_cluster
-from epsim.cost import MemoryAccount, RooflineCost
+from epsim.cost import Cost, MemoryAccount, RooflineCost
+from epsim.cost.measured import measured_cost
 from epsim.errors import TraceError
 from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
@@ -96,10 +97,17 @@ def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> Ste
     transmission = build_transmission(spec, model)
     size = group_size(spec.parallelism, cluster.num_devices)
     if size is None:
-        return StepPlanner(model, cluster, RooflineCost(model, cluster), transmission)
+        return StepPlanner(model, cluster, build_cost(spec, model, cluster), transmission)
     card = model.shard(size)
     vector_bytes = transmission.message_format.combine_vector_bytes
-    return ReplicaPlanner(card, cluster, RooflineCost(card, cluster), group_size=size, vector_bytes=vector_bytes)
+    cost = build_cost(spec, card, cluster)
+    return ReplicaPlanner(card, cluster, cost, group_size=size, vector_bytes=vector_bytes)
+
+
+def build_cost(spec: ScenarioSpec, card: ModelCard, cluster: Cluster) -> Cost:
+    """Return the times of a device's part of the model: from measured profiles if the device types name them."""
+    paths = {name: device_type.profile for name, device_type in spec.cluster.device_types.items()}
+    return measured_cost(card, cluster, paths) if any(paths.values()) else RooflineCost(card, cluster)
 
 
 def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:

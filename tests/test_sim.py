@@ -109,7 +109,9 @@ def make_plan(mode: Mode, num_devices: int = 2, **changes: Any) -> StepPlan:
         "overlap_kv": True,
     }
     arrays = {k: np.array(v, float) if isinstance(v, list) else v for k, v in changes.items()}
-    return StepPlan(**{**fields, **arrays})
+    num_layers = len(arrays.get("dispatch_bytes_LCRR", [0]))
+    more = {name: np.zeros((num_layers, r)) for name in ("pack_s_LR", "reduce_s_LR")}
+    return StepPlan(**{**fields, **more, **arrays})
 
 
 def two_devices(bandwidth: float = 10.0, latency: float = 0.5, **link_changes: Any) -> Cluster:

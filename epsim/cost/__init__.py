@@ -1,6 +1,9 @@
-"""Costs on a device: `RooflineCost` (seconds of each part) and `MemoryAccount` (bytes)."""
+"""Costs on a device: seconds of each part from a spec, `RooflineCost`, or measured, `MeasuredCost`; `MemoryAccount`."""
 
+from epsim.cost.measured import MeasuredCost
 from epsim.cost.memory import MemoryAccount, account_memory
 from epsim.cost.roofline import HomeWork, RooflineCost
 
-__all__ = ["HomeWork", "MemoryAccount", "RooflineCost", "account_memory"]
+Cost = RooflineCost | MeasuredCost
+
+__all__ = ["Cost", "HomeWork", "MeasuredCost", "MemoryAccount", "RooflineCost", "account_memory"]

@@ -115,6 +115,14 @@ class RooflineCost:
         seconds = self._roofline(pairs_xR, pairs_xR * m.expert_flops_per_token, num_bytes)
         return np.asarray(seconds + activated_xR * self._expert_overhead_s_R, dtype=np.float64)
 
+    def pack_s(self, vectors_xR: Counts) -> Floats:
+        """Gathering vectors to send: nothing; a spec says what of it counts in `launch_overhead` and `staging`."""
+        return np.zeros(vectors_xR.shape)
+
+    def reduce_s(self, vectors_xR: Counts) -> Floats:
+        """Adding up vectors that came back: nothing, as `pack_s`."""
+        return np.zeros(vectors_xR.shape)
+
     def vision_s_R(self, work: HomeWork) -> Floats:
         """Vision encoder and projector for the step's images."""
         vision = self._model.vision

@@ -61,6 +61,7 @@ class DeviceTypeSpec(StrictModel):
     barrier_slowdown: Annotated[float, Field(ge=0, le=10)] = 0.0
     transfer_overlap: Share = 1.0
     staging: StagingSpec | None = None
+    profile: _Name | None = None
 
 
 class VertexSpec(StrictModel):

@@ -24,6 +24,7 @@ _PATHS = ("trace.path", "placement.path")
 _SYNTHETIC_KINDS = ("uniform", "zipf", "published")
 _HOLDERS = ("trace", "placement", "cluster", "cluster.device_types")  # sections in which paths may stand
 _DEVICE_TYPE = re.compile(r"cluster\.device_types\.[^.]+")
+_PROFILE = re.compile(r"(cluster\.device_types\.[^.]+|device_types)\.profile")  # the latter in a device's own file
 
 
 def load_scenario(path: Path, overrides: Iterable[str] = ()) -> ScenarioSpec:
@@ -140,7 +141,8 @@ def _anchored(target: object, value: Any, folder: Path) -> Any:
     """Return the value of a field with the paths that it holds, if it holds any, relative to `folder`."""
     if isinstance(value, str):
         is_file = (target in _SECTIONS or _DEVICE_TYPE.fullmatch(str(target))) and value.endswith((".yaml", ".yml"))
-        return str(folder / value) if is_file or target in ("trace", *_PATHS) else value
-    if isinstance(value, Mapping) and target in _HOLDERS:
+        is_file = is_file or target in ("trace", *_PATHS) or bool(_PROFILE.fullmatch(str(target)))
+        return str(folder / value) if is_file else value
+    if isinstance(value, Mapping) and (target in _HOLDERS or _DEVICE_TYPE.fullmatch(str(target))):
         return {key: _anchored(f"{target}.{key}", entry, folder) for key, entry in value.items()}
     return value

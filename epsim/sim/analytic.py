@@ -27,7 +27,7 @@ def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
         )
     )
     dispatch_LR, combine_LR, host_LR, waiting_LR, front_end_LR, device_end_s_R = _recursion(plan, exchange, network)
-    device_end_s_R = device_end_s_R + plan.head_s_R
+    device_end_s_R = device_end_s_R + plan.tail_s_R
     kv_bytes_LF, ready_LF = _kv_flows(plan, front_end_LR, device_end_s_R)
     kv_arrival_FL = send(
         network.home_F,

@@ -18,7 +18,7 @@ def build_graph(plan: StepPlan) -> TaskGraph:
     layer_LR, device_LR = np.indices((plan.num_layers, plan.num_devices))
     fronts_LR = b.compute(Work.FRONT, layer_LR, device_LR, device_LR, plan.front_s_LR)
     device_R = device_LR[0]
-    heads_R = b.compute(Work.HEAD, np.full_like(device_R, plan.num_layers), device_R, device_R, plan.head_s_R)
+    heads_R = b.compute(Work.HEAD, np.full_like(device_R, plan.num_layers), device_R, device_R, plan.tail_s_R)
     starts_LR = np.concatenate((fronts_LR, heads_R[None]))
     _add_hosts(b, plan, starts_LR)
     add = {"sync": _add_sync, "async": _add_async, "two_batch": _add_two_batch}[plan.mode]

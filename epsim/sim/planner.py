@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim.cluster import Cluster
-from epsim.cost import HomeWork, RooflineCost
+from epsim.cost import Cost, HomeWork
 from epsim.model import ModelCard
 from epsim.sim.step import Floats, Mode, StepPlan
 from epsim.traffic import Counts, Dedup, MessageFormat, StepTraffic
@@ -34,7 +34,7 @@ class Transmission:
 class StepPlanner:
     """Makes the plans of the steps of one deployment under expert parallelism."""
 
-    def __init__(self, model: ModelCard, cluster: Cluster, cost: RooflineCost, transmission: Transmission) -> None:
+    def __init__(self, model: ModelCard, cluster: Cluster, cost: Cost, transmission: Transmission) -> None:
         self._model = model
         self._cost = cost
         self._transmission = transmission
@@ -69,6 +69,7 @@ class StepPlanner:
             **self._expert_times(traffic),
             **messages,
             copy_s_LR=self._copy_s_LR(messages),
+            **self._pack_times(traffic),
             gateway_RN=self._gateway_RN,
             node_of_device_R=self._node_of_device_R,
             kv_bytes_LRR=self._kv_bytes(kv_tokens_RR, num_layers),
@@ -124,6 +125,19 @@ class StepPlanner:
             experts_s_LR = cost.experts_s(traffic.device_pairs_LR, traffic.device_experts_LR)
             times["experts_s_LR"] = self._barrier_factor_R * experts_s_LR
         return times
+
+    def _pack_times(self, traffic: StepTraffic) -> dict[str, Floats]:
+        """What homes gather and add up: a kernel per chunk for all vectors that leave, and for all that come back."""
+        off_RR = 1 - np.eye(len(self._node_of_device_R), dtype=np.int64)
+        vectors_LCRR = traffic.pairs_LCRR if self._transmission.dedup == "none" else traffic.tokens_LCRR
+        if self._gateway_RN is not None:
+            off_RR *= self._node_of_device_R[:, None] == self._node_of_device_R
+        vectors_LCR = (vectors_LCRR * off_RR).sum(axis=3) + self._across_nodes(traffic)[0].sum(axis=3)
+        cost, factor_R = self._cost, self._barrier_factor_R
+        return {
+            "pack_s_LR": factor_R * cost.pack_s(vectors_LCR).sum(axis=1),
+            "reduce_s_LR": factor_R * cost.reduce_s(vectors_LCR).sum(axis=1),
+        }
 
     def _copy_s_LR(self, messages: dict[str, Floats]) -> Floats:
         """Return what a home's transfers, out and back, take from its compute."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim.cluster import Cluster
-from epsim.cost import HomeWork, RooflineCost
+from epsim.cost import Cost, HomeWork
 from epsim.model import ModelCard
 from epsim.sim.step import Floats, StepPlan
 from epsim.traffic import Counts, StepTraffic
@@ -30,9 +30,7 @@ class ReplicaPlanner:
     A group's work and traffic are those of its first device, where all of its requests live.
     """
 
-    def __init__(
-        self, card: ModelCard, cluster: Cluster, cost: RooflineCost, *, group_size: int, vector_bytes: float
-    ) -> None:
+    def __init__(self, card: ModelCard, cluster: Cluster, cost: Cost, *, group_size: int, vector_bytes: float) -> None:
         """card: what one device holds of the model; cost: of that card. vector_bytes: of one hidden vector sent."""
         self._card = card
         self._cost = cost
@@ -59,6 +57,8 @@ class ReplicaPlanner:
             **self._fronts(work, traffic),
             shared_s_LR=zeros_LR,
             copy_s_LR=zeros_LR,
+            pack_s_LR=zeros_LR,
+            reduce_s_LR=zeros_LR,
             experts_s_LR=zeros_LR,
             local_s_LR=zeros_LR,
             remote_s_LCRR=np.zeros_like(bytes_LCRR),

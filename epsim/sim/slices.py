@@ -66,15 +66,27 @@ def _compute_slices(execution: Execution, task: int, offset_s: float) -> list[Sl
     if work == Work.HOST:
         return [Slice(device=origin, track="host", name="host", start_s=start_s, end_s=end_s, layer=layer)]
     slices = []
-    if work == Work.EXPERTS and execution.plan.mode == "async" and execution.plan.copy_s_LR[layer, device]:
-        copied_s = start_s + float(execution.plan.copy_s_LR[layer, device])
-        slices.append(Slice(device=device, track="compute", name="copy", start_s=start_s, end_s=copied_s, layer=layer))
-        start_s = copied_s
+    name, first_s = _first_part(execution.plan, work, layer, device)
+    if first_s > 0:
+        done_s = start_s + first_s
+        slices.append(Slice(device=device, track="compute", name=name, start_s=start_s, end_s=done_s, layer=layer))
+        start_s = done_s
+    if start_s >= end_s:
+        return slices
     peer = origin if work == Work.REMOTE_EXPERTS else -1
     last = Slice(
         device=device, track="compute", name=_NAMES[work], start_s=start_s, end_s=end_s, layer=layer, peer=peer
     )
     return [*slices, last]
+
+
+def _first_part(plan: StepPlan, work: Work, layer: int, device: int) -> tuple[str, float]:
+    """Return what a task does before what it is named after, and how long."""
+    if work == Work.EXPERTS and plan.mode == "async":
+        return "copy", float(plan.copy_s_LR[layer, device])
+    if work == Work.HEAD:
+        return "reduce", float(plan.tail_s_R[device] - plan.head_s_R[device])
+    return "", 0.0
 
 
 def _message_slices(execution: Execution, task: int, message_id: str, offset_s: float) -> tuple[Slice, Slice]:
@@ -99,11 +111,13 @@ def _message_slices(execution: Execution, task: int, message_id: str, offset_s: 
 def _front_slices(plan: StepPlan, layer: int, device: int, start_s: float) -> list[Slice]:
     slices = []
     parts = [
+        ("reduce", plan.reduce_s_LR[layer - 1, device] if layer else 0.0),
         ("vision", plan.vision_s_R[device] if layer == 0 else 0.0),
         ("attention", plan.attention_s_LR[layer, device]),
         ("dense FFN", plan.dense_ffn_s_LR[layer, device]),
         ("router", plan.router_s_LR[layer, device]),
         ("experts", plan.home_experts_s_LR[layer, device]),
+        ("pack", plan.pack_s_LR[layer, device]),
     ]
     for name, duration_s in parts:
         if duration_s > 0:

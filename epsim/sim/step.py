@@ -35,6 +35,8 @@ class StepPlan:
     (tensor and data parallelism). shared_s_LR: shared experts, at the home. host_s_LR: the least time from the start of
     a layer (of the first: with the vision encoder) to the start of the next, in which the host launches it.
     copy_s_LR: what transfers take from the compute of a home in mode async, before its local experts.
+    pack_s_LR: gathering the vectors that a home sends, between its router and the dispatch. reduce_s_LR: adding up
+    those that came back, before the next layer or the head.
     experts_s_LR: routed experts of a device in one kernel (sync, two_batch). local_s_LR: those for its own tokens, and
     remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
     dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the
@@ -56,6 +58,8 @@ class StepPlan:
     shared_s_LR: Floats
     host_s_LR: Floats
     copy_s_LR: Floats
+    pack_s_LR: Floats
+    reduce_s_LR: Floats
     experts_s_LR: Floats
     local_s_LR: Floats
     remote_s_LCRR: Floats
@@ -107,10 +111,17 @@ class StepPlan:
 
     @property
     def front_s_LR(self) -> Floats:
-        """What a device computes in a layer before its dispatch."""
+        """What a device computes in a layer before its dispatch, with the sums of the layer before."""
         front_s_LR = self.attention_s_LR + self.dense_ffn_s_LR + self.router_s_LR + self.home_experts_s_LR
+        front_s_LR = front_s_LR + self.pack_s_LR
         front_s_LR[0] += self.vision_s_R
+        front_s_LR[1:] += self.reduce_s_LR[:-1]
         return front_s_LR
+
+    @property
+    def tail_s_R(self) -> Floats:
+        """What a device computes behind the last layer: the sums of all micro-batches, and the head."""
+        return np.asarray(self.head_s_R + sum(batch.reduce_s_LR[-1] for batch in self.batches), dtype=np.float64)
 
     def via_gateway(self, source: npt.NDArray[np.intp], destination: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Whether the messages of these pairs go through a gateway."""
@@ -120,11 +131,11 @@ class StepPlan:
 
     def compute_s_PR(self) -> Floats:
         """Seconds that each device computes for each of COMPUTE_PARTS, [7, R]."""
-        copy_s_R = np.zeros(self.num_devices)
+        copy_s_R = self.pack_s_LR.sum(axis=0) + self.reduce_s_LR.sum(axis=0)
         experts_s_R = self.experts_s_LR.sum(axis=0)
         if self.mode == "async":
             experts_s_R = self.local_s_LR.sum(axis=0) + self.remote_s_LCRR.sum(axis=(0, 1, 2))
-            copy_s_R = self.copy_s_LR.sum(axis=0)
+            copy_s_R += self.copy_s_LR.sum(axis=0)
         seconds_PR = np.stack(
             [
                 self.vision_s_R,

@@ -137,6 +137,8 @@ def _random_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
         shared_s_LR=durations(layers, num_devices),
         host_s_LR=durations(layers, num_devices) * rng.choice([0.0, 5.0]),
         copy_s_LR=durations(layers, num_devices) * (shape.mode == "async"),
+        pack_s_LR=durations(layers, num_devices),
+        reduce_s_LR=durations(layers, num_devices),
         experts_s_LR=durations(layers, num_devices),
         local_s_LR=durations(layers, num_devices),
         remote_s_LCRR=durations(*sends_LCRR.shape) * sends_LCRR,

@@ -1,0 +1,129 @@
+"""`epsim measure device`: the profile of a device for a model. `prepare` says what to do, `measure_device` does it."""
+
+import os
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from epsim.cost.profile import AXES, DeviceProfile, OpTable, shapes_of
+from epsim.errors import InputError
+from epsim.measure.device_plan import grids, plan_cells
+from epsim.measure.device_run import Job, Samples, measure_cells
+from epsim.measure.ranges import Ranges
+from epsim.model import ModelCard
+
+
+def prepare(
+    card: ModelCard,
+    ranges: Ranges,
+    *,
+    wire: str,
+    device: str = "cpu",
+    num_processes: int = 1,
+    num_threads: int | None = None,
+    repeats: int = 20,
+) -> Job:
+    """Return the measurement of a model's parts, in float32 on the CPU, in bfloat16 on CUDA.
+
+    wire: "bf16" or "fp8", how vectors are sent. num_threads: of each process, by default its share of the cores.
+    repeats: samples of a cell and process. Raises InputError for a device that is not there.
+    """
+    where = _device(device)
+    on_host = where.type == "cpu"
+    dtype = torch.float32 if on_host else torch.bfloat16
+    cast = None if wire == "bf16" and dtype == torch.bfloat16 else wire
+    hidden_bytes = card.hidden_size * dtype.itemsize
+    found = grids(card, ranges, wire=cast, on_host=on_host, hidden_bytes=hidden_bytes)
+    tokens_per_image = 1 if card.vision is None else card.vision.tokens_per_image
+    return Job(
+        card=card,
+        ranges=ranges,
+        settings=plan_cells(found, topk=card.topk, hidden_bytes=hidden_bytes, tokens_per_image=tokens_per_image),
+        device=str(where),
+        dtype=str(dtype).removeprefix("torch."),
+        wire=cast,
+        num_processes=num_processes,
+        num_threads=max(1, (os.cpu_count() or 1) // num_processes) if num_threads is None else num_threads,
+        repeats=repeats,
+    )
+
+
+def measure_device(job: Job, advance: Callable[[], None] = lambda: None) -> DeviceProfile:
+    """Return the measured times; advance: is called after each setting.
+
+    Raises CapacityError if the device's memory does not suffice.
+    """
+    samples = measure_cells(job, advance)
+    cpu = _cpu_name()
+    return DeviceProfile(
+        model=job.card.name,
+        shapes=shapes_of(job.card),
+        dtype=job.dtype,
+        device=cpu if job.device == "cpu" else torch.cuda.get_device_name(job.device),
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {cpu}",
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+        date=date.today().isoformat(),
+        num_processes=job.num_processes,
+        num_threads=job.num_threads,
+        ops={op: _table(op, samples) for op in AXES if any(cell.op == op for cell in samples)},
+    )
+
+
+def summary(profile: DeviceProfile) -> dict[str, Any]:
+    """Return, as plain values, what a profile covers and how steady its times are.
+
+    Spread is the distance of the quartiles over the median; `worst` is the cell where it is largest.
+    """
+    rows = []
+    for name, op in profile.ops.items():
+        worst = int(np.argmax(op.spread_C))
+        rows.append(
+            {
+                "op": name,
+                "cells": len(op.at_CA),
+                "from": dict(zip(op.axes, op.at_CA.min(axis=0).tolist(), strict=True)),
+                "to": dict(zip(op.axes, op.at_CA.max(axis=0).tolist(), strict=True)),
+                "median_s": [float(op.median_s_C.min()), float(op.median_s_C.max())],
+                "repeats": int(op.repeats_C.min()),
+                "spread": float(np.median(op.spread_C)),
+                "worst": {
+                    "at": dict(zip(op.axes, op.at_CA[worst].tolist(), strict=True)),
+                    "median_s": float(op.median_s_C[worst]),
+                    "spread": float(op.spread_C[worst]),
+                },
+            }
+        )
+    words = f"{profile.model} in {profile.dtype} on {profile.device}; {profile.num_processes} at once, "
+    return {"title": words + f"{profile.num_threads} threads each, torch {profile.versions['torch']}", "ops": rows}
+
+
+def _table(op: str, samples: Samples) -> OpTable:
+    cells = sorted(((cell.at, seconds) for cell, seconds in samples.items() if cell.op == op), key=lambda pair: pair[0])
+    times: dict[str, Any] = {"min_s_C": 0, "p25_s_C": 25, "median_s_C": 50, "p75_s_C": 75, "max_s_C": 100}
+    return OpTable(
+        axes=AXES[op],
+        at_CA=np.array([at for at, _ in cells], dtype=np.float64),
+        repeats_C=np.array([len(seconds) for _, seconds in cells]),
+        **{name: np.array([np.percentile(s, percent) for _, s in cells]) for name, percent in times.items()},
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise InputError(f'--device: "{name}" is not known; write cpu or cuda')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device; write --device cpu")
+    return torch.device(name)
+
+
+def _cpu_name() -> str:
+    """Return the name of the processor as Linux knows it; elsewhere what python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,209 @@
+"""`Bench`: passes through all layers of a decoder in which each part is timed, on one process and device.
+
+Shapes: T tokens of the pass, H hidden size, K top-k, V vectors, N (vector, expert) pairs, S tokens of a request.
+"""
+
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epsim.measure.clock import Laps, clock_of
+from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
+from epsim.measure.device_plan import ONCE_A_PASS, Cell, Setting
+from epsim.measure.ranges import Ranges
+from epsim.model import ModelCard
+
+WIRE_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+class Bench:
+    """A decoder with as many experts in each layer as a device of the scenario has, its cache full of numbers."""
+
+    def __init__(
+        self, card: ModelCard, ranges: Ranges, *, device: torch.device, dtype: torch.dtype, wire: str | None
+    ) -> None:
+        self._device, self._dtype, self._topk = device, dtype, card.topk
+        self._wire, self._wire_dtype = wire, None if wire is None else WIRE_DTYPES[wire]
+        self._num_experts, self._num_slots = card.num_experts, ranges.experts
+        self._num_dense_layers = card.num_dense_layers
+        layers = len(card.moe_layer_ids)
+        experts_LX = np.tile(np.arange(ranges.experts, dtype=np.int32) % card.num_experts, (layers, 1))
+        self._decoder = Decoder(card, experts_LX=experts_LX, seed=0, device=device, dtype=dtype)
+        self._generator = torch.Generator(device).manual_seed(0)
+        most = max(ranges.context[1], ranges.prompt[1])
+        self._cache = KvCache(card, num_requests=ranges.requests, max_tokens=most, device=device, dtype=dtype)
+        self._fill_cache(ranges.requests, most)
+        self._clock = clock_of(device)
+        self._turn = self._num_passes = 0  # which of the cells that share a pass are next
+        self.num_layers = layers
+        self._batch = lru_cache(maxsize=4)(self._make_batch)
+        self._pairs = lru_cache(maxsize=64)(self._make_pairs)
+        self._returned = self._numbers(1)
+
+    def _fill_cache(self, requests: int, tokens: int) -> None:
+        rows, lengths = range(requests), [tokens] * requests
+        for layer in range(self._decoder.num_layers):
+            flat = self._cache.rows(layer, rows, lengths)
+            self._cache.load(layer, rows, lengths, torch.randn_like(flat))
+
+    def _numbers(self, num_vectors: int) -> Tensor:
+        shape = (num_vectors, self._decoder.card.hidden_size)
+        return torch.randn(shape, generator=self._generator, device=self._device).to(self._dtype)
+
+    @torch.inference_mode()
+    def run(self, setting: Setting) -> Laps:
+        """Run a pass; return the cells that were measured in it with their seconds, once for each layer."""
+        clock, decoder, tokens = self._clock, self._decoder, setting.num_tokens
+        batch = self._batch(setting.attention)
+        self._time_vision(setting)
+        hidden_TH = decoder.embed(torch.arange(tokens, device=self._device))
+        for layer in range(decoder.num_layers):
+            for dense_layer in range(self._num_dense_layers if layer == 0 else 0):
+                hidden_TH = self._attend(setting, dense_layer, hidden_TH, batch)
+                hidden_TH = self._time_dense_ffn(setting, dense_layer, hidden_TH)
+            hidden_TH = self._attend(setting, self._num_dense_layers + layer, hidden_TH, batch)
+            self._time_moe(setting, layer, hidden_TH)
+            self._turn += 1
+        if cell := self._next(setting, "head"):
+            last_QH = _repeated(hidden_TH, cell.at[0])
+            clock.start()
+            decoder.head(last_QH)
+            clock.lap(cell)
+        self._num_passes += 1
+        return clock.read()
+
+    def _next(self, setting: Setting, op: str) -> Cell | None:
+        """Return whose turn it is of an operation's cells."""
+        cells = setting.others.get(op)
+        turn = self._num_passes if op in ONCE_A_PASS else self._turn
+        return cells[turn % len(cells)] if cells else None
+
+    def _attend(self, setting: Setting, decoder_layer: int, hidden_TH: Tensor, batch: AttentionBatch) -> Tensor:
+        self._clock.start()
+        hidden_TH = self._decoder.attention(decoder_layer, hidden_TH, batch, self._cache)
+        self._clock.lap(setting.attention)
+        return hidden_TH
+
+    def _time_vision(self, setting: Setting) -> None:
+        if cell := self._next(setting, "vision"):
+            self._clock.start()
+            self._decoder.vision(cell.at[0])
+            self._clock.lap(cell)
+
+    def _time_dense_ffn(self, setting: Setting, dense_layer: int, hidden_TH: Tensor) -> Tensor:
+        cell = self._next(setting, "dense_ffn")
+        given_TH = hidden_TH if cell is None else _repeated(hidden_TH, cell.at[0])
+        self._clock.start()
+        self._decoder.dense_ffn(dense_layer, given_TH)
+        if cell is not None:
+            self._clock.lap(cell)
+        return hidden_TH
+
+    def _time_moe(self, setting: Setting, layer: int, hidden_TH: Tensor) -> None:
+        """Router, gathering, copies, shared and routed experts, sums; at sizes of their own, next to one another."""
+        clock, decoder = self._clock, self._decoder
+        cell = self._next(setting, "router")
+        given_TH = hidden_TH if cell is None else _repeated(hidden_TH, cell.at[0])
+        ids_TK = torch.arange(len(given_TH) * self._topk, device=self._device).view(-1, self._topk) % self._num_experts
+        clock.start()
+        normed_TH, _ = decoder.route(layer, given_TH, ids_TK)
+        if cell is not None:
+            clock.lap(cell)
+        self._time_way_out(setting, normed_TH)
+        if cell := self._next(setting, "shared_experts"):
+            given_TH = _repeated(normed_TH, cell.at[0])
+            clock.start()
+            decoder.shared(layer, given_TH)
+            clock.lap(cell)
+        if cell := self._next(setting, "experts"):
+            num_vectors, *pairs = self._pairs(cell)
+            given_VH = _repeated(normed_TH, num_vectors)
+            clock.start()
+            decoder.experts(layer, given_VH, *pairs)
+            clock.lap(cell)
+        self._time_way_back(setting, hidden_TH)
+
+    def _time_way_out(self, setting: Setting, normed_TH: Tensor) -> None:
+        clock = self._clock
+        if cell := self._next(setting, "pack"):
+            index_V = self._index(cell.at[0], len(normed_TH))
+            clock.start()
+            normed_TH.index_select(0, index_V)
+            clock.lap(cell)
+        if cell := self._next(setting, f"to_{self._wire}"):
+            given_VH = _repeated(normed_TH, cell.at[0])
+            clock.start()
+            given_VH.to(self._wire_dtype)
+            clock.lap(cell)
+        if cell := self._next(setting, "to_host"):
+            given_VH = _repeated(normed_TH, self._vectors_of(cell))
+            pinned_VH = self._pinned(given_VH)
+            clock.start()
+            pinned_VH.copy_(given_VH, non_blocking=True)
+            clock.lap(cell)
+
+    def _time_way_back(self, setting: Setting, hidden_TH: Tensor) -> None:
+        clock = self._clock
+        if cell := self._next(setting, "to_device"):
+            given_VH = self._pinned(_repeated(hidden_TH, self._vectors_of(cell)))
+            clock.start()
+            given_VH.to(self._device, non_blocking=True)
+            clock.lap(cell)
+        if cell := self._next(setting, f"from_{self._wire}"):
+            given_VH = _repeated(hidden_TH, cell.at[0]).to(self._wire_dtype)
+            clock.start()
+            given_VH.to(self._dtype)
+            clock.lap(cell)
+        if cell := self._next(setting, "reduce"):
+            if len(self._returned) < cell.at[0]:
+                self._returned = self._numbers(cell.at[0])
+            given_VH, index_V = self._returned[: cell.at[0]], self._index(cell.at[0], len(hidden_TH))
+            sums_TH = hidden_TH.clone()
+            clock.start()
+            sums_TH.index_add_(0, index_V, given_VH)
+            clock.lap(cell)
+
+    def _vectors_of(self, cell: Cell) -> int:
+        return max(1, cell.at[0] // (self._decoder.card.hidden_size * self._dtype.itemsize))
+
+    @staticmethod
+    def _pinned(like_VH: Tensor) -> Tensor:
+        return torch.empty(like_VH.shape, dtype=like_VH.dtype, pin_memory=True)
+
+    def _index(self, num_vectors: int, num_tokens: int) -> Tensor:
+        """Return the tokens of so many vectors: ascending, each as often as it must be."""
+        return torch.arange(num_vectors, device=self._device) * num_tokens // num_vectors
+
+    def _make_batch(self, cell: Cell) -> AttentionBatch:
+        requests, tokens = cell.at
+        decode = cell.op == "decode_attention"
+        request_Q = torch.arange(requests, device=self._device)
+        if decode:
+            return AttentionBatch(request_T=request_Q, position_T=torch.full_like(request_Q, tokens - 1), decode=True)
+        position_S = torch.arange(tokens, device=self._device)
+        request_T = request_Q.repeat_interleave(tokens)
+        return AttentionBatch(request_T=request_T, position_T=position_S.repeat(requests), decode=False)
+
+    def _make_pairs(self, cell: Cell) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Return how many vectors there are, and the pairs: each expert has equally many, no vector one twice."""
+        activated, per_expert = cell.at
+        num_pairs = activated * per_expert
+        num_vectors = max(per_expert, ceil(num_pairs / min(self._topk, activated)))
+        generator = torch.Generator().manual_seed(num_pairs)
+        number_N = torch.arange(num_pairs)
+        slot_N = torch.randperm(self._num_slots, generator=generator)[:activated].sort().values[number_N // per_expert]
+        vector_N = torch.randperm(num_vectors, generator=generator)[number_N % num_vectors]
+        by_vector_N = vector_N.argsort(stable=True)  # as they arrive
+        weight_N = torch.rand(num_pairs, generator=generator)
+        parts = (part[by_vector_N].to(self._device) for part in (vector_N, slot_N, weight_N))
+        return num_vectors, *parts  # type: ignore[return-value]
+
+
+def _repeated(vectors_VH: Tensor, num_vectors: int) -> Tensor:
+    """Return so many vectors, these again and again."""
+    if num_vectors <= len(vectors_VH):
+        return vectors_VH[:num_vectors]
+    return vectors_VH.repeat(ceil(num_vectors / len(vectors_VH)), 1)[:num_vectors]
