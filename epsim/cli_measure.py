@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from epsim.cli_measure_run import network, run
 from epsim.cli_trace import Overrides, ScenarioPath
 from epsim.console import count_steps, print_in_full
 
@@ -85,3 +86,7 @@ def device(
     write_profile(output, profile)
     print_in_full(profile_tables(summary(profile)))
     typer.echo(f"wrote {output}", err=True)
+
+
+measure_app.command()(network)
+measure_app.command()(run)

@@ -1,7 +1,7 @@
 """The commands `epsim measure network` and `epsim measure run`: parse, call, print."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,6 @@ from epsim.console import print_in_full
 from epsim.interrupt import run_to_end, stop_at_hangup
 
 if TYPE_CHECKING:
-    from epsim.cluster import Cluster
     from epsim.measure.driver import RunJob, RunOptions
 
 Dilation = Annotated[float, typer.Option(metavar="K", help="Devices and links K times slower (needs --emulate).")]
@@ -20,7 +19,9 @@ Rank = Annotated[
     int | None, typer.Option(min=0, metavar="R", help="This process is rank R of a real cluster: one command per rank.")
 ]
 Master = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where rank 0 listens; with --rank.")]
-Interface = Annotated[str | None, typer.Option(metavar="NAME", help="Network interface to use, e.g. eth0; with --rank.")]
+Interface = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Network interface to use, e.g. eth0; with --rank.")
+]
 Threads = Annotated[int, typer.Option(min=1, metavar="N", help="Of each rank.")]
 On = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help="gloo, or nccl between GPUs.")]
@@ -40,7 +41,7 @@ def network(
     backend: Backend = "gloo",
     overrides: Overrides = None,
 ) -> None:
-    """Time messages between the ranks of a scenario, as real runs send them, and write what the simulator makes of them."""
+    """Time messages between the ranks of a scenario as real runs send them; write what the simulator takes."""
     from epsim.atomic import check_outputs
     from epsim.measured.dilation import dilated
     from epsim.measured.network_file import network_file
@@ -72,7 +73,9 @@ def run(
     dilation: Dilation = 1.0,
     launches: Annotated[int, typer.Option(min=1, max=1000, help="How often all processes start afresh.")] = 3,
     runs: Annotated[int, typer.Option(min=1, max=1000, help="Of each cell in a launch.")] = 5,
-    way: Annotated[str | None, typer.Option(help="How emulated devices wait: sleep or spin (default: measured).")] = None,
+    way: Annotated[
+        str | None, typer.Option(help="How emulated devices wait: sleep or spin (default: measured).")
+    ] = None,
     device_profile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="epsim measure device's, kept with the runs for predictions.")
     ] = None,

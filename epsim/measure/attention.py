@@ -183,7 +183,7 @@ class Latent:
 
 
 def _causal(span: slice, context: int, device: torch.device) -> dict[str, Any]:
-    """Return how attention is told that tokens see those before them, when what precedes `span` is cached or nothing."""
+    """Return how attention is told that tokens see those before them; what precedes `span` is in the cache."""
     count = span.stop - span.start
     if count == context:
         return {"is_causal": True}

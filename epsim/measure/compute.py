@@ -1,11 +1,13 @@
 """A real model on one rank: `ModelWork`, the `Work` that computes.
 
-Tokens are fixed beforehand (a hash of request and position), as a replay fixes their experts, so that runs on any number of
-ranks compute the same. Letters: T home tokens of a step, V vectors, N pairs, K top-k, H hidden size, X slots of the rank.
+Tokens are fixed beforehand (a hash of request and position), as a replay fixes their experts, so that runs on any
+number of ranks compute the same. Letters: T home tokens of a step, V vectors, N pairs, K top-k, H hidden size, X slots
+of the rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,8 @@ class _LegIndex:
 class _HomeStep:
     """What the home tokens of a step are to this rank. spans_B, attention_B: by micro-batch.
 
-    vision_rows, vision_places: which tokens are of images, and which of its request's vision tokens each is. All requests
-    show the same random pictures.
+    vision_rows, vision_places: which tokens are of images, and which of its request's vision tokens each is. All
+    requests show the same random pictures.
     """
 
     layout: StepLayout
@@ -57,7 +59,7 @@ class _HomeStep:
 
 
 class ModelWork:
-    """The compute of one rank; `outputs` holds, by step, the requests at home here, their last hidden vectors, tokens."""
+    """The compute of one rank. outputs: by step, the requests at home here, their last hidden vectors, tokens."""
 
     def __init__(self, rank: int, deployment: Deployment, spec: ScenarioSpec, *, device: torch.device) -> None:
         card, placement = deployment.model, deployment.layout.placement
@@ -93,7 +95,7 @@ class ModelWork:
         request_T, position_T = tokens.request_T[own], tokens.position_T[own].astype(np.int64)
         chunk_T = layout.chunk_T[own] if self._batches > 1 else np.zeros(len(request_T), np.int64)
         bounds = np.searchsorted(chunk_T, np.arange(self._batches + 1))
-        spans = [slice(int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+        spans = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
         decode = tokens.step > 0
         is_vision_T = (tokens.modality_T[own] == Modality.VISION) & (not decode)
         vision_Q = np.bincount(request_T[is_vision_T]) if is_vision_T.any() else np.zeros(0, np.int64)

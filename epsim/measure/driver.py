@@ -1,4 +1,4 @@
-"""A grid of runs from start to end: `measure_runs` measures its networks first, then launches its cells, again and again.
+"""A grid of runs from start to end: `measure_runs` measures its networks, then launches its cells, again and again.
 
 Each launch starts all processes afresh: what differs from launch to launch is part of the noise that is reported.
 """
@@ -63,9 +63,7 @@ class RunOptions:
         return {"kind": kind, "threads": self.threads, "device": self.device, "backend": self.backend, **more}
 
 
-def measure_network(
-    spec: ScenarioSpec, options: RunOptions, run_job: RunJob
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_network(spec: ScenarioSpec, options: RunOptions, run_job: RunJob) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the profile of a scenario's network (`NetworkProfile` as a mapping), and the machine; rank 0 has both."""
     cluster = build_cluster(spec.cluster.model_dump())
     said: dict[str, Any] = {}
@@ -110,7 +108,9 @@ def measure_runs(
     for number, cell in enumerate(cells):
         groups.setdefault(network_key(cell.spec), []).append(number)
     if len(groups) > 1 and not options.shaped:
-        raise InputError("--axis: links differ between cells, but this network is not shaped; leave cluster.links alone")
+        raise InputError(
+            "--axis: links differ between cells, but this network is not shaped; leave cluster.links alone"
+        )
     runs = _begin(raw, axes, options, folder, resume=resume)
     known = {network["key"] for network in runs.networks}
     for key, numbers in groups.items():
@@ -177,9 +177,7 @@ def _launch(
         elif "machine" in line:
             done["machine"] = line["machine"]
 
-    jobs = [
-        {"id": number, "scenario": cells[number].spec.model_dump(mode="json", by_alias=True)} for number in numbers
-    ]
+    jobs = [{"id": number, "scenario": cells[number].spec.model_dump(mode="json", by_alias=True)} for number in numbers]
     job = options.job("run", cells=jobs, runs=options.num_runs, emulated=options.emulated, way=options.way or "sleep")
     cluster = build_cluster(cells[numbers[0]].spec.cluster.model_dump())
     run_job(cluster, job, hear)

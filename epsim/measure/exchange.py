@@ -1,7 +1,8 @@
 """The messages of one step on one rank: `StepExchange` posts, sends, passes on and takes up.
 
-Receives are posted a layer ahead (gloo sends a message only then). Near legs go straight to a rank. With node-level dedup far ones go to the gateway, the rank of that node that has the sender's index; it passes
-on what is for others of its node (FORWARD), and adds up their results (GATHER) before one message goes home.
+Receives are posted a layer ahead (gloo sends a message only then). Near legs go straight to a rank. With node-level
+dedup far ones go to the gateway, the rank of that node that has the sender's index; it passes on what is for others of
+its node (FORWARD), and adds up their results (GATHER) before one message goes home.
 """
 
 import threading
@@ -260,7 +261,9 @@ class StepExchange:
                 continue
             out = None
             if rank != self.rank:
-                out = self._buffers.take(self._out_bytes(leg), "out", Kind.FORWARD, rank, home, chunk, *self._when(layer))
+                out = self._buffers.take(
+                    self._out_bytes(leg), "out", Kind.FORWARD, rank, home, chunk, *self._when(layer)
+                )
             part, kept = self._work.split(data, num_vectors, rank, out)
             gathering.parts[rank] = part
             if out is None:

@@ -24,7 +24,5 @@ class JobsHere:
                 f"{cluster.num_devices - 1}"
             )
         if self._transport is None:
-            self._transport = Transport(
-                self._rank, cluster.num_devices, self._master, job["backend"], self._interface
-            )
+            self._transport = Transport(self._rank, cluster.num_devices, self._master, job["backend"], self._interface)
         run_rank(job, self._transport, hear)

@@ -48,7 +48,9 @@ class AttentionBatch:
             raise ValueError("a decode step has one token of each request")
         ends = self.position_T[counts.cumsum(0) - 1]
         object.__setattr__(self, "contexts", tuple((ends + 1).tolist()))
-        within = torch.arange(len(self.position_T), device=ends.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        within = torch.arange(len(self.position_T), device=ends.device) - (counts.cumsum(0) - counts).repeat_interleave(
+            counts
+        )
         firsts = (ends + 1 - counts).repeat_interleave(counts)
         if not torch.equal(self.position_T, firsts + within):
             raise ValueError("the tokens of a request follow one another: positions without gaps")

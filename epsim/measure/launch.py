@@ -112,9 +112,7 @@ def _processes(
                 process.stdout.close()
 
 
-def _follow(
-    ranks: list["subprocess.Popen[bytes]"], folder: Path, say: Callable[[dict[str, Any]], None]
-) -> None:
+def _follow(ranks: list["subprocess.Popen[bytes]"], folder: Path, say: Callable[[dict[str, Any]], None]) -> None:
     """Hand on what rank 0 says until all ranks have ended well."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     stdout = ranks[0].stdout

@@ -1,4 +1,4 @@
-"""Which token goes where in a step: `StepLayout`, the legs of every layer's exchange, from routing, placement and homes.
+"""Which token goes where in a step: `StepLayout`, the legs of every exchange, from routing, placement and homes.
 
 It follows from routing alone, which a replay knows beforehand: so every rank knows how large the messages are that it
 will get, as with the cached handles of DeepEP. What travels is complete nonetheless: a receiver computes from the
@@ -96,7 +96,7 @@ class StepLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The part of a node's leg that is for one of its ranks: vectors_V of the leg, and the pairs with those renumbered."""
+    """The part of a node's leg that is for one of its ranks: vectors_V of the leg, its pairs with those renumbered."""
 
     vectors_V: Ints
     vector_N: Ints

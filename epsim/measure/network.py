@@ -1,9 +1,10 @@
 """Micro-benchmarks of the network as the engine uses it: `measure_network`, run by all ranks together.
 
-Messages go through the same `Transport` as in the engine, after a pause in which a rank waits as an emulated device does, or
-computes: what follows a pause finds cold caches and sleeping threads, and costs two or three times as much. For each
-pair of ranks that stands for others, by size: one-way time (half a round trip), the time that posting a send and a
-receive takes its caller, both ways at once, and goodput. Of all ranks: the barrier, and what transfers take from compute.
+Messages go through the same `Transport` as in the engine, after a pause in which a rank waits as an emulated device
+does, or computes: what follows a pause finds cold caches and sleeping threads, and costs two or three times as much.
+For each pair of ranks that stands for others, by size: one-way time (half a round trip), the time that posting a send
+and a receive takes its caller, both ways at once, and goodput. Of all ranks: the barrier, and what transfers take from
+compute.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from epsim.measure.emulate import Waiter, Way
+from epsim.measure.iperf import iperf3_bytes_per_s
 from epsim.measure.transport import Kind, Transport, now_s, wait_all
 
 _PAUSE_S = 0.003
@@ -40,6 +42,7 @@ def measure_network(transport: Transport, job: dict[str, Any], device: torch.dev
         "way": way,
         "waits": waits,
         "pairs": pairs,
+        "iperf3_bytes_per_s": iperf3_bytes_per_s(transport, *job["pairs"][0]),
         "barrier": _measure_barrier(transport, job["repeats"], pause),
         "interference_s_per_byte": (
             _interference(transport, device, pairs[0]["goodput_bytes_per_s"]) if job["pause"] == "compute" else None
@@ -85,9 +88,7 @@ def _summary(values: Any) -> dict[str, float]:
     return {"s": float(median), "p25_s": float(low), "p75_s": float(high)}
 
 
-def _measure_pair(
-    transport: Transport, a: int, b: int, size: int, repeats: int, pause: Pause
-) -> dict[str, Any]:
+def _measure_pair(transport: Transport, a: int, b: int, size: int, repeats: int, pause: Pause) -> dict[str, Any]:
     """Return the figures of one pair and size, on all ranks."""
     seen: dict[str, list[float]] = {}
     transport.barrier()

@@ -1,8 +1,8 @@
 """A rank's program of one step, in the three modes: `run_step`. `Stopwatch` says where the time went.
 
-The same order as the simulator's (`epsim.sim.graph`): sync waits for all of an exchange before it computes; async computes
-local tokens, then each message as it arrives, and sends each result as it is ready; two_batch lets two micro-batches
-take turns.
+The same order as the simulator's (`epsim.sim.graph`): sync waits for all of an exchange before it computes; async
+computes local tokens, then each message as it arrives, and sends each result as it is ready; two_batch lets two
+micro-batches take turns.
 """
 
 from collections.abc import Callable

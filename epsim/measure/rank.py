@@ -110,7 +110,10 @@ def _watched_run(engine: Engine, transport: Transport) -> dict[str, Any]:
 def _outputs(work: Any, transport: Transport) -> list[dict[int, Any]]:
     """Return the last hidden vector of every request, by step, from whichever rank is its home."""
     own = [{q: hidden_H.float().tolist() for q, hidden_H in zip(*step[:2], strict=True)} for step in work.outputs]
-    return [{q: vector for part in parts for q, vector in part.items()} for parts in zip(*transport.gather(own), strict=True)]
+    return [
+        {q: vector for part in parts for q, vector in part.items()}
+        for parts in zip(*transport.gather(own), strict=True)
+    ]
 
 
 def _rounded(seconds: Any) -> Any:

@@ -6,6 +6,7 @@ NCCL has a communicator for each ordered pair, on which messages keep the order 
 """
 
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Transport:
         dist.init_process_group(
             backend, init_method=f"tcp://{master}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
         )
+        self.address = _own_address(master)
         self.wire = torch.device("cuda" if backend == "nccl" else "cpu")
         self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         self._group_of = self._groups()
@@ -118,6 +120,14 @@ class Transport:
     def close(self) -> None:
         """Leave the others."""
         dist.destroy_process_group()
+
+
+def _own_address(master: str) -> str:
+    """Return the address of this host on the way to the master; nothing is sent."""
+    host, port = master.rsplit(":", 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))
+        return str(probe.getsockname()[0])
 
 
 def wait_all(posted: Sequence[Posted]) -> None:

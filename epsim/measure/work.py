@@ -70,7 +70,7 @@ class Work(Protocol):
         """At a gateway: the part of a message for a rank of its node, written into `out` or (None) kept for `remote`."""
 
     def gather(self, total: torch.Tensor | None, part: Part, arrived: Any, num_vectors: int) -> torch.Tensor | None:
-        """At a gateway: add one rank's results (a message, or the `Arrival` computed here) to a node's total."""
+        """At a gateway: add one rank's results (a message, or an `Arrival` computed here) to a node's total."""
 
     def gathered(self, total: torch.Tensor | None, out: torch.Tensor) -> None:
         """Write a node's total into a message."""

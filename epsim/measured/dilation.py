@@ -1,6 +1,6 @@
-"""A scenario in slow motion: `dilated`. Devices and links are k times slower, so what the host adds counts k times less.
+"""A scenario in slow motion: `dilated`. Devices and links are k times slower: what a host adds counts k times less.
 
-Links by message sizes stay the same; latencies of the scenario are not imitated by a testbed and are left alone.
+Sizes of messages stay the same. Latencies are not imitated by a testbed and are left alone.
 """
 
 from typing import Any

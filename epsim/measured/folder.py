@@ -29,8 +29,8 @@ Floats = npt.NDArray[np.float64]
 class MeasuredRuns:
     """scenario: as given, a mapping. axes: values by path. options: how it was run (`emulated`, `dilation`, ...).
 
-    networks: the profile of each different network of the cells, in order. launches: a list for each launch of the
-    processes, in it a mapping per cell, in the order of `cells`: step_s [runs][steps], kv_s [runs], and what else was seen.
+    networks: the profile of each different network of the cells. launches: of each launch of the processes, by number
+    of cell: step_s [runs][steps], kv_s [runs], and what else was seen.
     """
 
     scenario: dict[str, Any]
@@ -53,7 +53,9 @@ class MeasuredRuns:
         except ValueError as error:
             raise InputError(f"{path}: not JSON; name a folder that epsim measure run wrote") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT or any(k not in content for k in _KEYS):
-            raise InputError(f"{path}: not measured runs in format {_FORMAT}; name a folder that epsim measure run wrote")
+            raise InputError(
+                f"{path}: not measured runs in format {_FORMAT}; name a folder that epsim measure run wrote"
+            )
         return cls(**{key: content[key] for key in _KEYS})
 
     def write(self, folder: Path) -> None:

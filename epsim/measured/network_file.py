@@ -28,7 +28,7 @@ class NetworkFile:
     def write(self, path: Path) -> None:
         """Write the file, whole."""
         head = (
-            f"# Network of {self.spec.name}, measured {'between waiting' if self.emulated else 'between computing'} ranks by "
+            f"# Network of {self.spec.name}, measured between {'waiting' if self.emulated else 'computing'} ranks by "
             f"epsim measure network (epsim {__version__}).\n# Into a scenario with: --set @{path.name}\n"
         )
         content = {

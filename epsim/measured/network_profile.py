@@ -1,8 +1,8 @@
 """From the micro-benchmarks of a network to figures of the simulator: `NetworkProfile.overrides`.
 
 One-way time of n bytes: A + max(0, (f n + h - burst) / rate), where rate and burst are what the shaper was told (Linux
-tbf), and A, f and h are fitted. A has the time that posting a send takes its caller (`send_overhead`) and the rest, which
-is the latency of the links. P pairs of ranks that stand for others, N sizes.
+tbf), and A, f and h are fitted. A has the time that posting a send takes its caller (`send_overhead`) and the rest,
+which is the latency of the links. N sizes.
 """
 
 import json
@@ -25,7 +25,7 @@ _NEGLIGIBLE_S_PER_BYTE = 1e-13
 
 @dataclass(frozen=True, kw_only=True)
 class LinkFit:
-    """One-way times of a pair: latency_s (A less the send), frame_overhead f - 1, message_header h, and how well it fits.
+    """One-way times of a pair: latency_s (A less the send), frame_overhead f - 1, message_header h, how well it fits.
 
     ack_overhead: by what share messages of the other direction slow this one down. mean_error: of the one-way times.
     bytes_per_s: of the narrowest link; fitted, where nothing is shaped.

@@ -23,6 +23,7 @@ _SECTIONS = ("model", "cluster")
 _PATHS = ("trace.path", "placement.path")
 _SYNTHETIC_KINDS = ("uniform", "zipf", "published")
 _HOLDERS = ("trace", "placement", "cluster", "cluster.device_types")  # sections in which paths may stand
+_EXAMPLE = '"cluster.links[0].bandwidth": 25 Gbit/s'  # of an override
 _DEVICE_TYPE = re.compile(r"cluster\.device_types\.[^.]+")
 _PROFILE = re.compile(r"(cluster\.device_types\.[^.]+|device_types)\.profile")  # the latter in a device's own file
 
@@ -38,14 +39,27 @@ def load_scenario(path: Path, overrides: Iterable[str] = ()) -> ScenarioSpec:
 def load_raw(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Return the mapping of a scenario file with its own and the given overrides applied, not yet checked."""
     written = read_mapping(path, "scenario")
-    own = own_overrides(written, '"cluster.links[0].bandwidth": 25 Gbit/s')
+    own = own_overrides(written, _EXAMPLE)
     raw = {key: _anchored(key, value, path.parent) for key, value in written.items()}
     for target, value in own.items():
         apply_override(raw, str(target), _anchored(target, value, path.parent), origin="overrides")
     for text in overrides:
+        if text.startswith("@"):
+            _apply_file(raw, Path(text[1:]))
+            continue
         target, value = split_override(text)
         apply_override(raw, target, value)
     return raw
+
+
+def _apply_file(raw: dict[str, Any], path: Path) -> None:
+    """Apply the `overrides` of a file, as `--set @FILE` names it, in place."""
+    content = read_mapping(path, "overrides", "--set @")
+    own = own_overrides(content, _EXAMPLE)
+    if not own:
+        raise ScenarioError(f"--set @{path}: has no overrides; name a file that epsim measure network wrote")
+    for target, value in own.items():
+        apply_override(raw, str(target), _anchored(target, value, path.parent), origin=f"--set @{path}")
 
 
 def check_scenario(raw: dict[str, Any]) -> ScenarioSpec:

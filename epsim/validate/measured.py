@@ -1,8 +1,8 @@
 """Predictions beside measured runs: `measured_report`, as plain values.
 
 A prediction comes from the scenario and the micro-benchmarks of the folder alone. A measured figure is the mean over
-launches of each launch's median over runs. The noise floor is the error of the best prediction there can be: of a launch
-by the mean of the other launches of its cell.
+launches of each launch's median over runs. The noise floor is the error of the best prediction there can be: of a
+launch by the mean of the other launches of its cell.
 """
 
 import itertools

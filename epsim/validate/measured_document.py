@@ -1,0 +1,197 @@
+"""The page about measured runs, from the plain values of their reports: `write_measured_document`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from epsim.atomic import write_all
+from epsim.report.figure import figure_style, png
+from epsim.validate.markdown import number, table
+from epsim.validate.measured import METRICS
+
+_HEAD = """# Validation: measured runs
+
+Real expert-parallel runs on a real (shaped) network, beside predictions made from separate micro-benchmarks alone: of
+the network (`epsim measure network`) and, where devices compute, of the device (`epsim measure device`). Nothing is
+fitted to the runs. `epsim validate measured --docs docs/measured-runs.md` wrote this page and its figure from the
+measurements that ship with epsim; edit nothing here by hand. How it is measured, and how to measure your own machine:
+[measure.md](measure.md).
+
+- **Measured** is the mean over launches (all processes started afresh) of each launch's median over runs.
+- **Noise** is how far one launch is from the mean of the others of its cell: no prediction can be better than that.
+- A **change** compares two cells that differ in one setting, in percent of the first; its error is in points. Its sign
+  counts where the measured change is beyond 5 %.
+- **Emulated** devices are waits as long as the scenario's device would take: the network, its messages and the programs
+  of the ranks are real, the kernels are not. **Dilated** by k: devices and links are k times slower, so that what this
+  machine itself adds to every message weighs k times less. **Real** runs compute every product of the model.
+"""
+
+
+def write_measured_document(path: Path, reports: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write the page and its figure, images/measured-runs.png beside it; return the paths."""
+    contents = {path.parent / "images" / "measured-runs.png": _figure(reports), path: document(reports).encode()}
+    write_all(contents)
+    return list(contents)
+
+
+def document(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return the whole text."""
+    parts = [_HEAD, summary(reports), "![Predicted against measured times](images/measured-runs.png)"]
+    for report in reports:
+        parts += section(report)
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def summary(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row of errors for each folder and metric."""
+    rows = []
+    for report in reports:
+        for metric in METRICS:
+            errors, gains = report["errors"][metric], report["gain_errors"][metric]
+            if errors is None:
+                continue
+            all_gains = gains[-1] if gains else None
+            rows.append(
+                (
+                    title(report),
+                    _name(metric),
+                    str(errors["num_cells"]),
+                    f"{errors['mean_percent']:.2f} %",
+                    f"{errors['max_percent']:.2f} %",
+                    f"{errors['bias_percent']:+.2f} %",
+                    number(errors["noise_percent"], 2) + " %",
+                    "-" if all_gains is None else f"{all_gains['mean_error_points']:.2f} points",
+                    "-" if all_gains is None else f"{all_gains['num_right_sign']} of {all_gains['num_clear']}",
+                )
+            )
+    columns = ("runs", "", "cells", "mean error", "largest", "bias", "noise", "error of changes", "right sign")
+    return "## Errors\n\n" + table(columns, rows)
+
+
+def title(report: Mapping[str, Any]) -> str:
+    """Return what kind of runs a folder holds."""
+    options = report["options"]
+    kind = "emulated" if options["emulated"] else "real"
+    dilation = f", dilated by {options['dilation']:g}" if options["dilation"] != 1 else ""
+    shaped = "" if options["shaped"] else ", UNSHAPED"
+    return f"{report['scenario']}: {kind}{dilation}{shaped}"
+
+
+def section(report: Mapping[str, Any]) -> list[str]:
+    """Return what there is to say of one folder."""
+    machine, options = report["machine"], report["options"]
+    said = (
+        f"{report['num_launches']} launches of {options['num_runs']} runs, on {machine['date']}: {machine['cpu']}, "
+        f"{machine['num_cpus']} cores, {machine['system']}, torch {machine['torch']}, epsim {machine['epsim']}; "
+        f"{sum(cell['num_repeated'] for cell in report['cells'])} runs were disturbed by other work and repeated."
+    )
+    parts = [f"## {title(report)}", said, _networks(report), "### Changes", _gains(report), "### Every cell"]
+    return [*parts, _cells(report)]
+
+
+def _networks(report: Mapping[str, Any]) -> str:
+    """Return what the micro-benchmarks said, a row for each network and pair of ranks."""
+    rows = []
+    for entry in report["networks"]:
+        for fit in entry["fits"]:
+            background = entry["background_bytes_per_s"]
+            rows.append(
+                (
+                    f"{8e-6 * fit['bytes_per_s']:.4g} Mbit/s",
+                    f"{1e6 * fit['latency_s']:.0f} us",
+                    f"{100 * fit['frame_overhead']:.2f} %",
+                    f"{fit['message_header_bytes']:.0f} B",
+                    f"{100 * fit['ack_overhead']:.1f} %",
+                    f"{1e6 * entry['send_overhead_s']:.0f} us",
+                    f"{1e6 * entry['receive_overhead_s']:.0f} us",
+                    "-" if background is None else f"{background / 1e9:.2f} GB/s",
+                    f"{1e6 * entry['barrier_s']:.0f} us",
+                    f"{100 * fit['mean_error']:.1f} %",
+                )
+            )
+    columns = (
+        "narrowest link", "latency", "framing", "header", "ACKs", "post a send", "post a receive", "background",
+        "barrier", "mean error of one-way times",
+    )  # fmt: skip
+    return "What the micro-benchmarks said:\n\n" + table(columns, rows)
+
+
+def _gains(report: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            row["axis"] or "all",
+            _name(metric),
+            str(row["num_gains"]),
+            f"{row['mean_error_points']:.2f}",
+            f"{row['max_error_points']:.2f}",
+            f"{row['num_right_sign']} of {row['num_clear']}",
+        )
+        for metric in METRICS
+        for row in report["gain_errors"][metric]
+    ]
+    return table(("axis", "of", "changes", "mean error, points", "largest", "right sign beyond 5 %"), rows)
+
+
+def _cells(report: Mapping[str, Any]) -> str:
+    rows = []
+    for cell in report["cells"]:
+        row = [cell["label"]]
+        for metric in METRICS:
+            found = cell[metric]
+            if found is None:
+                row += ["-"] * 3
+                continue
+            span = f"{1e3 * found['measured']:.4g} ({1e3 * found['low']:.4g}-{1e3 * found['high']:.4g})"
+            row += [span, f"{1e3 * found['predicted']:.4g}", f"{found['error_percent']:+.1f} %"]
+        rows.append(row)
+    columns = (
+        "",
+        "TTFT measured, ms (launches)",
+        "predicted",
+        "error",
+        "TPOT measured, ms (launches)",
+        "predicted",
+        "error",
+    )
+    return table(columns, rows)
+
+
+def _name(metric: str) -> str:
+    return metric.removesuffix("_s").upper()
+
+
+def _figure(reports: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the plot: predicted against measured, a row per metric and a column per folder; bars span the launches."""
+    with figure_style():
+        import matplotlib.pyplot as plt
+
+        size = (3.6 * len(reports), 7.0)
+        figure, axes = plt.subplots(2, len(reports), figsize=size, layout="constrained", squeeze=False)
+        for column, report in enumerate(reports):
+            for row, metric in enumerate(METRICS):
+                ax = axes[row][column]
+                found = [cell[metric] for cell in report["cells"] if cell[metric]]
+                _scatter(ax, found)
+                ax.set_xlabel(f"measured {_name(metric)}, ms")
+                ax.set_ylabel(f"predicted {_name(metric)}, ms")
+                if row == 0:
+                    ax.set_title(title(report).replace(": ", ":\n"), fontsize=8)
+        return png(figure)
+
+
+def _scatter(ax: Any, found: Sequence[Mapping[str, float]]) -> None:
+    if not found:
+        return
+    measured = [1e3 * cell["measured"] for cell in found]
+    predicted = [1e3 * cell["predicted"] for cell in found]
+    spans = [
+        [1e3 * (cell["measured"] - cell["low"]) for cell in found],
+        [1e3 * (cell["high"] - cell["measured"]) for cell in found],
+    ]
+    ax.errorbar(measured, predicted, xerr=spans, fmt="o", markersize=3, linewidth=0.8, color="#4477aa")
+    limits = [0.8 * min(measured + predicted), 1.25 * max(measured + predicted)]
+    ax.plot(limits, limits, color="black", linewidth=0.8)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(limits)
+    ax.set_ylim(limits)
