@@ -46,9 +46,7 @@ class Measured:
         if not (self.time_s > 0) != (self.counted_bytes_per_s > 0):
             raise InputError(f"{self.table}, {self.kind}: {self.time_s} s is no time; write one above 0")
         if self.num_ranks < 1 or (self.num_ranks > GPUS_PER_NODE and self.num_ranks % GPUS_PER_NODE):
-            raise InputError(
-                f"{self.table}, {self.kind}: {self.num_ranks} GPUs are not whole nodes of 8; write e.g. 16"
-            )
+            raise InputError(f"{self.table}, {self.kind}: {self.num_ranks} GPUs are no whole nodes of 8; write e.g. 16")
 
     @property
     def num_nodes(self) -> int:
@@ -106,7 +104,7 @@ def load_nccl() -> list[Measured]:
 
 
 def load_deepep_v1() -> list[Measured]:
-    """Return the rows of DeepEP V1's own tables: v1-normal (GB/s), v1-low-latency (us), and those of the first release."""
+    """Return the rows of DeepEP V1's own tables: v1-normal (GB/s), v1-low-latency, and of both the first release's."""
     content = parse_yaml(data_text(DEEPEP_V1_NAME))
     found = []
     for mode, section in (("normal", content["normal"]), ("low-latency", content["low_latency"])):

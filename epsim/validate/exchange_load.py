@@ -1,7 +1,7 @@
 """How long an exchange holds the links of a cluster, by epsim's simulator: `Load`, `load_of`.
 
-The bytes go into a `StepPlan` that has nothing else, and the simulator says how long each link is held; the busiest link
-is the least time that the exchange can take, and what every engine of epsim gives when messages are cut finely (tested).
+The bytes go into a `StepPlan` that has nothing else, and the simulator says how long each link is held; the busiest
+link is the least time that the exchange can take, and what the engines give when messages are cut finely (tested).
 Letters: R devices (source, destination), N nodes, X links.
 """
 

@@ -13,7 +13,7 @@ from epsim.cluster import Cluster
 from epsim.traffic import MessageFormat
 from epsim.validate.exchange_cluster import exchange_cluster
 from epsim.validate.exchange_data import GPUS_PER_NODE, Measured, load_deepep, load_deepep_v1, load_nccl
-from epsim.validate.exchange_fit import Constants, fit_constants
+from epsim.validate.exchange_fit import Constants, Limit, fit_constants
 from epsim.validate.exchange_load import Floats, Load, combine_bytes, dispatch_bytes, load_of
 from epsim.validate.exchange_nccl import COLLECTIVES, collective_load
 from epsim.validate.exchange_routing import MAX_DRAWN_TOKENS, Exchange, draw_exchange, masked
@@ -26,9 +26,10 @@ EXCHANGES = ("dispatch", "combine")
 class Study:
     """A table, and where its constants come from.
 
-    key: of the study. table: of the data. device: None for all of the table. kinds: operations. dedup: of its messages.
-    is_fitted: which rows. latency_of: the study whose latency is taken over, so that only the share is fitted, and if
-    no row is fitted nothing. is_masked, rdma_only: what the benchmark does (`masked`, `exchange_cluster`).
+    table: of the data; of it device (None: all) and the rows of min_nodes and more. kinds: operations. dedup: of its
+    messages. is_fitted: which rows; limit: the kind of link whose share is fitted to them. latency_of: the study whose
+    latency is taken over, so that only the share is fitted, and if no row is fitted nothing. is_masked, rdma_only: what
+    the benchmark does (`masked`, `exchange_cluster`).
     """
 
     key: str
@@ -39,18 +40,24 @@ class Study:
     kinds: tuple[str, ...] = EXCHANGES
     dedup: str = "none"
     device: str | None = None
+    limit: Limit = "nvlink"
+    min_nodes: int = 1
     latency_of: str | None = None
     is_masked: bool = False
     rdma_only: bool = False
 
     def has(self, row: Measured) -> bool:
         """Whether a row belongs to this study."""
-        return row.table == self.table and row.kind in self.kinds and self.device in (None, row.device)
+        is_known = row.table == self.table and row.kind in self.kinds and self.device in (None, row.device)
+        return is_known and row.num_nodes >= self.min_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A row with its prediction. fitted: the constants come from it too. limit: what takes most of the time."""
+    """A row with its prediction. fitted: the constants come from it too. limit: what takes most of the time.
+
+    bare_s: predicted without constants, by the specification alone.
+    """
 
     study: str
     row: Measured
@@ -58,6 +65,7 @@ class Cell:
     predicted_s: float
     fitted: bool
     limit: str
+    bare_s: float
 
     @property
     def error(self) -> float:
@@ -77,6 +85,10 @@ def _two_gpus_half(row: Measured) -> bool:
     return row.num_ranks == 2 and row.dtype == "half"
 
 
+def _two_nodes(row: Measured) -> bool:
+    return (row.num_nodes, row.experts) == (2, 256)
+
+
 def _nothing(row: Measured) -> bool:
     return False
 
@@ -85,6 +97,10 @@ DEEPEP_STUDIES = (
     Study(
         key="low-latency", title="DeepEP low latency, hidden 7168, 1 to 8 nodes", table="low-latency",
         fitted_to="the rows of one node", is_fitted=_one_node, is_masked=True,
+    ),
+    Study(
+        key="low-latency-network", title="The same, by constants of the network", table="low-latency", min_nodes=2,
+        fitted_to="the rows of two nodes, 256 experts", is_fitted=_two_nodes, limit="network", is_masked=True,
     ),
     Study(
         key="normal", title="DeepEP normal, hidden 7168, 1 to 8 nodes, 4 to 24 SMs", table="normal", dedup="node",
@@ -150,6 +166,7 @@ def _run(study: Study, kind: str, rows: Sequence[Measured], constants: dict[tupl
             predicted_s=found.predict_s(loads[i], row.num_sms),
             fitted=i in train,
             limit=found.limit(loads[i], row.num_sms),
+            bare_s=Constants().predict_s(loads[i]),
         )
         for i, row in enumerate(rows)
     ]
@@ -164,7 +181,7 @@ def _constants(
 ) -> Constants:
     other = None if study.latency_of is None else known[study.latency_of, kind]
     if train:
-        return fit_constants(train, loads, None if other is None else other.latency_s)
+        return fit_constants(train, loads, study.limit, None if other is None else other.latency_s)
     if other is None:
         raise ValueError(f"{study.key}: no rows to fit and no other study's constants")
     return other
