@@ -36,13 +36,13 @@ def exchange_document(report: Mapping[str, Any]) -> str:
         constants_table(studies),
         "*Without constants*: the specification alone, latency 0 and share 1. *With notify*: the same predictions held "
         "to transmit + notify. Bias and worst have the sign of predicted - published.",
-        READING,
+        READING.format(nccl_floor=report["nccl_fitted_to_all"]["mean_percent"]),
         CHOICES,
         "## Held-out rows by group",
         "Mean error and bias, percent; *mostly*: what the larger part of the predicted time is.",
         *(part for study in studies for part in (f"### {study['title']} (`{study['key']}`)", groups_table(study))),
-        f"## Rows\n\nAll {len(report['cells'])} rows are printed by `--cells` and `--json`. Here are those of the small "
-        "tables, published / predicted in us and error; * fitted.",
+        f"## Rows\n\nAll {len(report['cells'])} rows are printed by `--cells` and `--json`. Here are those of the "
+        "small tables, published / predicted in us and error; * fitted.",
         *(
             part
             for study in studies

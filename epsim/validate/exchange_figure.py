@@ -19,8 +19,9 @@ def draw_exchange_figure(report: Mapping[str, Any]) -> bytes:
     """Return the PNG file; raises InputError where matplotlib is not installed."""
     with figure_style():
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import FuncFormatter, NullFormatter
 
-        figure, axes = plt.subplots(1, len(_PANELS), figsize=(15, 4.0), layout="constrained")
+        figure, axes = plt.subplots(1, len(_PANELS), figsize=(12, 3.3), layout="constrained")
         for ax, (title, studies) in zip(axes, _PANELS, strict=True):
             own = [cell for cell in report["cells"] if cell["study"] in studies and not cell["fitted"]]
             groups = dict.fromkeys(_group(cell) for cell in own)
@@ -33,6 +34,9 @@ def draw_exchange_figure(report: Mapping[str, Any]) -> bytes:
             for factor in (0.85, 1.15):
                 ax.plot(ends, [factor * end for end in ends], color="black", linewidth=0.5, linestyle=":")
             ax.set(xscale="log", yscale="log", xlabel="published, us", ylabel="predicted, us", xlim=ends)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_minor_formatter(NullFormatter())
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.set_title(title, fontsize=9)
             ax.legend(loc="upper left", fontsize=7)
         return png(figure)

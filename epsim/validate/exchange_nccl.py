@@ -5,6 +5,8 @@ all-gather and reduce-scatter n - 1 steps of S / n around a ring; all-reduce bot
 best, twice that for all-reduce, which is nccl-tests' bus bandwidth.
 """
 
+from functools import cache
+
 import numpy as np
 
 from epsim.errors import InputError
@@ -16,6 +18,7 @@ _RINGS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 COLLECTIVES = ("alltoall", *_RINGS)
 
 
+@cache
 def collective_load(row: Measured) -> Load:
     """Return the load of a row of the table nccl; InputError for a collective that is not one of COLLECTIVES."""
     cluster, num_ranks = exchange_cluster(row.device, row.num_ranks), row.num_ranks
