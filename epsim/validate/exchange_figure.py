@@ -19,7 +19,7 @@ def draw_exchange_figure(report: Mapping[str, Any]) -> bytes:
     """Return the PNG file; raises InputError where matplotlib is not installed."""
     with figure_style():
         import matplotlib.pyplot as plt
-        from matplotlib.ticker import FuncFormatter, NullFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         figure, axes = plt.subplots(1, len(_PANELS), figsize=(12, 3.3), layout="constrained")
         for ax, (title, studies) in zip(axes, _PANELS, strict=True):
@@ -36,6 +36,7 @@ def draw_exchange_figure(report: Mapping[str, Any]) -> bytes:
             ax.set(xscale="log", yscale="log", xlabel="published, us", ylabel="predicted, us", xlim=ends)
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_minor_formatter(NullFormatter())
+                axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if ends[1] < 50 * ends[0] else (1.0,)))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.set_title(title, fontsize=9)
             ax.legend(loc="upper left", fontsize=7)
