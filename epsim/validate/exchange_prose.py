@@ -40,7 +40,7 @@ experts on 64 GPUs (4.5 each, which DeepEP's test refuses) are taken as even.
 without any byte, and the *share* of NVLink's specified rate that the kernels reach. In normal mode SMs do the copying:
 the share is that of 20 SMs, in proportion for others, up to 1. The network has share 1, but for the study
 `low-latency-network`, where the network's share is fitted and NVLink has 1. Where a table has one row to fit (DeepEP
-V1), the latency comes from another table and only the share is fitted."""
+V1), the latency comes from another table and only the share is fitted; where all goes over RDMA no share has a part."""
 
 TABLES = """## What the tables are
 
@@ -93,6 +93,8 @@ CHOICES = """## What was chosen after seeing what
 - After seeing the rows of normal mode: that the share goes with the SMs (before fitting it), and that the headline is
   the transfer without notify; with notify it is worse, see the table.
 - `low-latency-network` was added when it was clear what the first fit lacks. Its held-out rows had been seen.
+- NCCL: fits to the 2-GPU rows of both types, and of logarithms, were tried too (16 to 24 % per operation); kept is the
+  fit that DeepEP's rows have.
 - The masked picks, DeepEP's way of counting and the four nodes come from the source of its tests, not from fits."""
 
 AGAIN = """## How to do it again
