@@ -15,6 +15,7 @@ from epsim.cli_measure import measure_app
 from epsim.cli_study import study_app
 from epsim.cli_trace import Overrides, ScenarioPath, trace_app
 from epsim.cli_train import train
+from epsim.cli_validate import validate_app
 from epsim.console import print_in_full, progress
 from epsim.errors import EpsimError, InputError
 
@@ -27,7 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 scenario_app = typer.Typer(name="scenario", help="Look at scenarios.", no_args_is_help=True)
-validate_app = typer.Typer(name="validate", help="Hold predictions to published measurements.", no_args_is_help=True)
 app.add_typer(scenario_app)
 app.add_typer(trace_app)
 app.add_typer(study_app)
@@ -142,46 +142,6 @@ def show(scenario: ScenarioPath, overrides: Overrides = None) -> None:
 
     spec = load_scenario(scenario, overrides or ())
     typer.echo(dump_yaml(spec.model_dump(mode="json", by_alias=True)), nl=False)
-
-
-@validate_app.command()
-def published(
-    docs: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the document, and its figures to images/ beside it.")
-    ] = None,
-    device: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the device that fits table S11 best (YAML).")
-    ] = None,
-    scenarios: Annotated[Path, typer.Option(metavar="DIR", help="The folder of s10/ and s11/.")] = Path("scenarios"),
-    json_output: Annotated[bool, typer.Option("--json", help="Print all values instead of tables.")] = False,
-) -> None:
-    """Predictions beside SMoES tables S10, S11 and S12: reproduced, fitted, held out. Takes some minutes."""
-    from epsim.atomic import check_folder, check_outputs
-    from epsim.calibrate.profile import check_profile_path, write_profile
-    from epsim.report.figure import require_matplotlib
-    from epsim.report.files import to_json
-    from epsim.report.validation import validation_tables
-    from epsim.validate.document import write_document
-    from epsim.validate.report import files_read, published_report
-
-    if docs is not None:
-        require_matplotlib()
-        check_folder(docs.parent / "images")
-    check_outputs({"--docs": docs, "--device": device}, files_read(scenarios))
-    check_profile_path(device)
-    report, profile = published_report(scenarios, lambda text: typer.echo(text, err=True))
-    if device is not None:
-        write_profile(device, profile)
-        typer.echo(
-            f"wrote {device}; with it go: " + " ".join(f"--set '{line}'" for line in report["s11"]["set"]), err=True
-        )
-    written = write_document(docs, report) if docs is not None else []
-    for path in written:
-        typer.echo(f"wrote {path}", err=True)
-    if json_output:
-        typer.echo(to_json(report), nl=False)
-    else:
-        print_in_full(validation_tables(report))
 
 
 def main() -> None:

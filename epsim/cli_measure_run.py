@@ -1,7 +1,8 @@
 """The commands `epsim measure network` and `epsim measure run`: parse, call, print."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -12,6 +13,7 @@ from epsim.interrupt import run_to_end, stop_at_hangup
 if TYPE_CHECKING:
     from epsim.measure.driver import RunJob, RunOptions
 
+Outcome = TypeVar("Outcome")
 Dilation = Annotated[float, typer.Option(metavar="K", help="Devices and links K times slower (needs --emulate).")]
 Emulate = Annotated[bool, typer.Option("--emulate", help="Devices are waits as long as the scenario says.")]
 Unshaped = Annotated[bool, typer.Option("--unshaped", help="Plain loopback instead of network namespaces.")]
@@ -155,7 +157,7 @@ def _run_job(options: "RunOptions", rank: int | None, master: str | None, interf
     return JobsHere(rank, master, interface)
 
 
-def _to_end(measure):  # type: ignore[no-untyped-def]
+def _to_end(measure: Callable[[], Outcome]) -> Outcome:
     """Run to the end; Ctrl-C, SIGTERM and a lost terminal end all ranks and leave nothing behind."""
     stop_at_hangup()
     return run_to_end(measure, "no file was written")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from epsim.placement import Placement
 
 Counts = npt.NDArray[np.int64]
+Means = npt.NDArray[np.float64]  # counts in the mean
 Dedup = Literal["none", "device", "node"]
 Dtype = Literal["bf16", "fp8", "fp32"]
 _BLOCK_TOKENS = 256  # a block of routing stays in the L2 cache for its two passes
@@ -94,11 +95,11 @@ class MessageFormat:
             pair_bytes=8.0,
         )
 
-    def dispatch_bytes(self, num_vectors: Counts, num_pairs: Counts) -> npt.NDArray[np.float64]:
+    def dispatch_bytes(self, num_vectors: Counts | Means, num_pairs: Counts | Means) -> npt.NDArray[np.float64]:
         """Return vectors * dispatch_vector_bytes + pairs * pair_bytes, elementwise."""
         return np.asarray(num_vectors * self.dispatch_vector_bytes + num_pairs * self.pair_bytes, dtype=np.float64)
 
-    def combine_bytes(self, num_vectors: Counts) -> npt.NDArray[np.float64]:
+    def combine_bytes(self, num_vectors: Counts | Means) -> npt.NDArray[np.float64]:
         """Return vectors * combine_vector_bytes, elementwise."""
         return np.asarray(num_vectors * self.combine_vector_bytes, dtype=np.float64)
 

@@ -11,7 +11,6 @@ import torch
 
 from epsim.batch import step_tokens
 from epsim.cluster import build_cluster
-from epsim.measure.compute import ModelWork
 from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
 from epsim.measure.launch import launch
 from epsim.run import assemble
@@ -23,7 +22,8 @@ SMALL = [
     "model.hidden_size=32", "model.num_layers=3", "model.moe.expert_ffn_size=16", "model.vocab_size=64",
     "model.moe.num_experts=16", "model.moe.topk=4", "model.moe.num_shared_experts=1", "model.moe.num_dense_layers=1",
     "model.dense_ffn_size=24", "model.attention={kind: gqa, num_heads: 4, num_kv_heads: 2, head_dim: 8}",
-    "model.compute_dtype=fp32", "model.weight_dtype_bytes=4", "model.activation_dtype_bytes=4", "model.kv_dtype_bytes=4",
+    "model.compute_dtype=fp32", "model.weight_dtype_bytes=4", "model.activation_dtype_bytes=4",
+    "model.kv_dtype_bytes=4",
     "trace={kind: uniform, vision_tokens: 64, text_tokens: 9, output_tokens: 4}", "workload.batch_sizes=[5]",
 ]  # fmt: skip
 FP32 = ["transmission.dispatch_dtype=fp32", "transmission.combine_dtype=fp32"]

@@ -203,9 +203,8 @@ class ModelWork:
         starts = np.cumsum([0, *(len(part[0]) for part in parts)]).tolist()
         vectors, slots, weights = (torch.cat([part[i] for part in parts]) for i in (0, 2, 3))
         vector_N = torch.cat([part[1] + start for part, start in zip(parts, starts, strict=False)])
-        own, *others = self.decoder.experts(layer, vectors, vector_N, slots, weights).split(
-            [len(part[0]) for part in parts]
-        )
+        out = self.decoder.experts(layer, vectors, vector_N, slots, weights)
+        own, *others = out.split_with_sizes([len(part[0]) for part in parts])
         self._hidden_TH[span] += own
         for arrival, out in zip(arrivals, others, strict=True):
             self._keep(arrival, out)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from epsim.batch import StepTokens
@@ -86,5 +87,5 @@ class KvTransfer:
         self._sent.clear()
 
 
-def _move(peer: int, requests: list[int], prompt_Q: np.ndarray) -> _Move:  # type: ignore[type-arg]
+def _move(peer: int, requests: list[int], prompt_Q: npt.NDArray[np.integer]) -> _Move:
     return _Move(peer=peer, requests=requests, num_tokens=int(prompt_Q[requests].sum()))

@@ -117,7 +117,12 @@ def _follow(ranks: list["subprocess.Popen[bytes]"], folder: Path, say: Callable[
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     stdout = ranks[0].stdout
     assert stdout is not None
-    reader = threading.Thread(target=lambda: [lines.put(line) for line in stdout], daemon=True)
+
+    def read() -> None:
+        for line in stdout:
+            lines.put(line)
+
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     while True:
         ended = [process.poll() is not None for process in ranks]

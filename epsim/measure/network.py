@@ -31,7 +31,7 @@ def measure_network(transport: Transport, job: dict[str, Any], device: torch.dev
     """
     way, waits = _choose_way(transport, job["way"])
     pause: Pause = Waiter(way).until if job["pause"] == "wait" else _Computing(device).until
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for a, b in job["pairs"]:
         cells = [_measure_pair(transport, a, b, size, job["repeats"], pause) for size in job["sizes"]]
         bytes_per_s = _goodput(transport, a, b, 8)
@@ -58,7 +58,7 @@ def _choose_way(transport: Transport, way: Way | None) -> tuple[Way, dict[str, f
         transport.barrier()
         errors_s = Waiter(option).errors_s(_PAUSE_S, 40)
         found[option] = float(np.median(transport.gather(float(np.mean(errors_s)))))
-    return way or min(options, key=lambda option: found[option]), found
+    return way if way is not None else min(options, key=lambda option: found[option]), found
 
 
 class _Computing:

@@ -51,7 +51,8 @@ def _run_cell(job: dict[str, Any], cell: dict[str, Any], transport: Transport, d
     engine = _engine(job, spec, transport, device)
     with torch.inference_mode():
         engine.run()
-        runs, repeated = [], 0
+        runs: list[dict[str, Any]] = []
+        repeated = 0
         while len(runs) < job["runs"]:
             run = _watched_run(engine, transport)
             if run["foreign_cpu_frac"] > DISTURBED_FRAC and repeated < MOST_REPEATS * job["runs"]:

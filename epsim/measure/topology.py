@@ -62,8 +62,8 @@ class Topology:
         """Make hosts, bridges and cables."""
         host_of = {name: f"rank{rank}" for rank, name in enumerate(self.hosts)}
         bridge_of = {name: f"br{number}" for number, name in enumerate(self.bridges)}
-        for host in host_of.values():
-            inside.add_host(host)
+        for name in host_of.values():
+            inside.add_host(name)
         for bridge in bridge_of.values():
             inside.run(["ip", "link", "add", bridge, "type", "bridge"])
             inside.run(["ip", "link", "set", bridge, "up"])
@@ -71,16 +71,15 @@ class Topology:
             names = (f"cable{number}a", f"cable{number}b")
             inside.run(["ip", "link", "add", names[0], "type", "veth", "peer", "name", names[1]])
             for name, end, bytes_per_s in zip(names, cable.ends, cable.bytes_per_s, strict=True):
-                host = host_of.get(end)
-                if host is not None:
+                host: str | None = host_of.get(end)
+                if host is None:
+                    inside.run(["ip", "link", "set", name, "master", bridge_of[end]])
+                else:
                     inside.run(["ip", "link", "set", name, "netns", host])
                     inside.run(["ip", "link", "set", name, "name", INTERFACE], host)
                     address = f"{self.address(self.hosts.index(end))}/16"
                     inside.run(["ip", "addr", "add", address, "dev", INTERFACE], host)
-                    name = INTERFACE
-                else:
-                    inside.run(["ip", "link", "set", name, "master", bridge_of[end]])
-                _shape(inside, host, name, shape_of(bytes_per_s))
+                _shape(inside, host, name if host is None else INTERFACE, shape_of(bytes_per_s))
 
 
 def _shape(inside: Namespaces, host: str | None, name: str, shape: Shape) -> None:
@@ -123,4 +122,4 @@ def topology_of(cluster: Cluster) -> Topology:
 
 def _rate(cluster: Cluster, source: str, target: str) -> float:
     (edge,) = cluster.graph.get_edge_data(source, target).values()
-    return cluster.links[edge["link"]].bytes_per_s
+    return float(cluster.links[edge["link"]].bytes_per_s)

@@ -67,10 +67,10 @@ class Work(Protocol):
     def split(
         self, data: torch.Tensor, num_vectors: int, destination: int, out: torch.Tensor | None
     ) -> tuple[Part, Any]:
-        """At a gateway: the part of a message for a rank of its node, written into `out` or (None) kept for `remote`."""
+        """At a gateway: the part of a message for a rank of its node, into `out`, or (None) kept for `remote`."""
 
     def gather(self, total: torch.Tensor | None, part: Part, arrived: Any, num_vectors: int) -> torch.Tensor | None:
-        """At a gateway: add one rank's results (a message, or an `Arrival` computed here) to a node's total."""
+        """At a gateway: add one rank's results (a message, or an `Arrival` computed here) to a total."""
 
     def gathered(self, total: torch.Tensor | None, out: torch.Tensor) -> None:
         """Write a node's total into a message."""

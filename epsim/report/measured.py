@@ -121,3 +121,20 @@ def _cell_table(cells: Sequence[Mapping[str, Any]]) -> Table:
 
 def _name(metric: str) -> str:
     return metric.removesuffix("_s").upper()
+
+
+def cell_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a flat row for every cell and metric, in SI units."""
+    return [
+        {
+            "scenario": report["scenario"],
+            "emulated": report["options"]["emulated"],
+            "dilation": report["options"]["dilation"],
+            "cell": cell["label"],
+            "metric": metric,
+            **cell[metric],
+        }
+        for cell in report["cells"]
+        for metric in ("ttft_s", "tpot_s")
+        if cell[metric] is not None
+    ]

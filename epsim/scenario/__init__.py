@@ -3,6 +3,7 @@
 from epsim.scenario.load import (
     apply_override,
     check_scenario,
+    load_cluster,
     load_model,
     load_raw,
     load_scenario,
@@ -15,6 +16,7 @@ __all__ = [
     "ScenarioSpec",
     "apply_override",
     "check_scenario",
+    "load_cluster",
     "load_model",
     "load_raw",
     "load_scenario",

@@ -12,6 +12,7 @@ from typing import Any
 
 from epsim.errors import ScenarioError
 from epsim.scenario.check import validated
+from epsim.scenario.cluster import ClusterSpec
 from epsim.scenario.describe import did_you_mean
 from epsim.scenario.model import ModelSpec
 from epsim.scenario.override import OverrideRules, own_overrides, split_override
@@ -92,6 +93,13 @@ def scenario_schema() -> dict[str, Any]:
 def load_model(name: str, where: str = "model") -> ModelSpec:
     """Return the model behind a preset name or a path to a YAML file; `where` is what messages call it."""
     return validated(ModelSpec, _load_preset("model", name, where), "model")
+
+
+def load_cluster(name: str, where: str = "cluster") -> ClusterSpec:
+    """Return the cluster behind a preset name or a path to a YAML file; `where` is what messages call it."""
+    raw = _load_preset("cluster", name, where)
+    _load_device_types(raw)
+    return validated(ClusterSpec, raw, "cluster")
 
 
 def preset_names(section: str) -> list[str]:
