@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "batch",
         "calibrate",
         "cluster",
+        "measured",
         "metrics",
         "placement",
         "report",

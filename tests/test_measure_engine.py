@@ -12,6 +12,7 @@ import torch
 from epsim.batch import step_tokens
 from epsim.cluster import build_cluster
 from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
+from epsim.measure.home_step import token_ids
 from epsim.measure.launch import launch
 from epsim.run import assemble
 from epsim.scenario import ScenarioSpec, load_scenario
@@ -52,7 +53,7 @@ def single_process(spec: ScenarioSpec) -> list[dict[int, torch.Tensor]]:
         for tokens in step_tokens(deployment, deployment.trace.requests.request_id_Q[:batch_size], None):
             ascending = np.argsort(tokens.request_T, kind="stable")
             request_T, position_T = tokens.request_T[ascending], tokens.position_T[ascending].astype(np.int64)
-            hidden = decoder.embed(torch.from_numpy(request_T * 7919 + position_T * 104729 + 17))
+            hidden = decoder.embed(torch.from_numpy(token_ids(request_T, position_T)))
             if tokens.step == 0:
                 is_vision = torch.from_numpy(tokens.modality_T[ascending] == Modality.VISION)
                 for request in range(batch_size):  # the same pixels in every image

@@ -7,7 +7,6 @@ of the rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,14 @@ import torch
 from torch import Tensor
 
 from epsim.batch import Deployment
-from epsim.errors import InputError
-from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
+from epsim.measure.decoder import Decoder, KvCache
+from epsim.measure.home_step import dtype_of, home_step, to_tensor
 from epsim.measure.layout import Leg, Part, StepLayout, part_of_leg
 from epsim.measure.wire import Codec, pack_dispatch, unpack_dispatch
 from epsim.measure.work import Arrival
 from epsim.scenario.spec import ScenarioSpec
 from epsim.sim import StepPlan
-from epsim.trace import Modality
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SEED = 0  # of the weights
 
 
@@ -36,26 +33,6 @@ class _LegIndex:
     code_N: Tensor
     row_N: Tensor
     choice_N: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class _HomeStep:
-    """What the home tokens of a step are to this rank. spans_B, attention_B: by micro-batch.
-
-    vision_rows, vision_places: which tokens are of images, and which of its request's vision tokens each is. All
-    requests show the same random pictures.
-    """
-
-    layout: StepLayout
-    token_ids_T: Tensor
-    vision_rows: Tensor
-    vision_places: Tensor
-    num_images: int
-    expert_ids_LTK: Tensor
-    spans_B: list[slice]
-    attention_B: list[AttentionBatch | None]
-    last_rows_Q: Tensor
-    requests_Q: tuple[int, ...]
 
 
 class ModelWork:
@@ -82,7 +59,16 @@ class ModelWork:
     # Before anything is timed.
 
     def prepare(self, layouts: Sequence[StepLayout], plans: Sequence[StepPlan]) -> None:
-        self._steps = [self._home_step(layout) for layout in layouts]
+        self._steps = [
+            home_step(
+                layout,
+                self._rank,
+                num_batches=self._batches,
+                tokens_per_image=self._tokens_per_image,
+                device=self._device,
+            )
+            for layout in layouts
+        ]
         requests = max(int(layout.tokens.request_T.max()) for layout in layouts) + 1
         longest = max(int(layout.tokens.position_T.max()) for layout in layouts) + 1
         self._lengths = np.bincount(layouts[0].tokens.request_T, minlength=requests)
@@ -90,37 +76,8 @@ class ModelWork:
             self.decoder.card, num_requests=requests, max_tokens=longest, device=self._device, dtype=self._dtype
         )
 
-    def _home_step(self, layout: StepLayout) -> _HomeStep:
-        tokens, own = layout.tokens, layout.own(self._rank)
-        request_T, position_T = tokens.request_T[own], tokens.position_T[own].astype(np.int64)
-        chunk_T = layout.chunk_T[own] if self._batches > 1 else np.zeros(len(request_T), np.int64)
-        bounds = np.searchsorted(chunk_T, np.arange(self._batches + 1))
-        spans = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
-        decode = tokens.step > 0
-        is_vision_T = (tokens.modality_T[own] == Modality.VISION) & (not decode)
-        vision_Q = np.bincount(request_T[is_vision_T]) if is_vision_T.any() else np.zeros(0, np.int64)
-        ids_TLK = tokens.topk_expert_ids_TLK[own].astype(np.int64)
-        last_rows = np.flatnonzero(np.append(np.diff(request_T) != 0, len(request_T) > 0)[: len(request_T)])
-        return _HomeStep(
-            layout=layout,
-            token_ids_T=self._tensor(request_T * 7919 + position_T * 104729 + 17),
-            vision_rows=self._tensor(np.flatnonzero(is_vision_T)),
-            vision_places=self._tensor(_places_within(request_T[is_vision_T])),
-            num_images=int((-(-vision_Q // self._tokens_per_image)).sum()) if self._tokens_per_image else 0,
-            expert_ids_LTK=self._tensor(ids_TLK.transpose(1, 0, 2)),
-            spans_B=spans,
-            attention_B=[self._attention(request_T[span], position_T[span], decode) for span in spans],
-            last_rows_Q=self._tensor(last_rows),
-            requests_Q=tuple(int(q) for q in request_T[last_rows]),
-        )
-
-    def _attention(self, request_T: Any, position_T: Any, decode: bool) -> AttentionBatch | None:
-        if not len(request_T):
-            return None
-        return AttentionBatch(request_T=self._tensor(request_T), position_T=self._tensor(position_T), decode=decode)
-
     def _tensor(self, values: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        return to_tensor(values, self._device)
 
     def _index(self, leg: Leg) -> _LegIndex:
         """Return a leg's tensors, made when it is first met."""
@@ -278,24 +235,3 @@ class ModelWork:
     def head(self) -> None:
         last_QH = self._hidden_TH[self._now.last_rows_Q]
         self.outputs.append((self._now.requests_Q, last_QH, self.decoder.head(last_QH).tolist()))
-
-
-def _places_within(request_T: Any) -> Any:
-    """Return the place of each token among those of its request, which stand together."""
-    starts = np.flatnonzero(np.diff(request_T, prepend=-1))
-    return np.arange(len(request_T)) - np.repeat(starts, np.diff(np.append(starts, len(request_T))))
-
-
-def dtype_of(spec: ScenarioSpec) -> torch.dtype:
-    """Return the dtype that a scenario's model computes in; InputError where its bytes say otherwise."""
-    model = spec.model
-    if model.compute_dtype not in DTYPES:
-        raise InputError(f'model.compute_dtype: "{model.compute_dtype}" cannot be run; write {" or ".join(DTYPES)}')
-    dtype = DTYPES[model.compute_dtype]
-    for field in ("weight_dtype_bytes", "activation_dtype_bytes", "kv_dtype_bytes"):
-        found = getattr(model, field)
-        if found != dtype.itemsize:
-            raise InputError(
-                f"model.{field}: {found:g} is not what {model.compute_dtype} takes; write {dtype.itemsize} to run it"
-            )
-    return dtype

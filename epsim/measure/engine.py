@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim.batch import Deployment, step_inputs, step_tokens
-from epsim.measure.exchange import Buffers, StepExchange, Streams
+from epsim.measure.exchange import StepExchange
 from epsim.measure.kv import KvTransfer
 from epsim.measure.layout import StepLayout
+from epsim.measure.mailbox import Buffers, Streams
 from epsim.measure.program import Stopwatch, run_step
 from epsim.measure.transport import Transport, now_s
 from epsim.measure.wire import Codec
@@ -90,7 +91,7 @@ class Engine:
             for layout in layouts
         ]
         if self._streams is not None:
-            self._streams.exchanges = self.exchanges
+            self._streams.tell_all = self._fail
         homes = deployment.layout.homes.assign(len(request_ids))
         self._kv = KvTransfer(
             transport, work, buffers, deployment.model, homes, tokens, overlapped=overlap_kv,
@@ -135,6 +136,10 @@ class Engine:
             parts_s_SPL=np.stack(parts),
             sent_bytes_R=self._transport.sent_bytes_R - sent_before_R,
         )
+
+    def _fail(self, error: BaseException) -> None:
+        for exchange in self.exchanges:
+            exchange.fail(error)
 
     def close(self) -> None:
         if self._streams is not None:

@@ -6,7 +6,7 @@ its node (FORWARD), and adds up their results (GATHER) before one message goes h
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,27 +15,12 @@ import numpy as np
 import torch
 
 from epsim.measure.layout import Leg, Part, StepLayout
-from epsim.measure.mailbox import Box, Stream, WatchedBox
+from epsim.measure.mailbox import Box, Buffers, Streams, WatchedBox
 from epsim.measure.transport import MOST_CHUNKS, Kind, Posted, Transport, wait_all
 from epsim.measure.wire import Codec, dispatch_bytes
 from epsim.measure.work import Arrival, Work
 
 Key = tuple[int, int]  # layer, batch
-
-
-@dataclass
-class Buffers:
-    """Memory for messages, by what they are; it grows in the first run, which is not timed."""
-
-    transport: Transport
-    kept: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
-
-    def take(self, num_bytes: int, *key: Any) -> torch.Tensor:
-        """Return num_bytes of the buffer of a key."""
-        found = self.kept.get(key)
-        if found is None or len(found) < num_bytes:
-            found = self.kept[key] = self.transport.buffer(max(num_bytes, 1))
-        return found[:num_bytes]
 
 
 @dataclass
@@ -61,7 +46,7 @@ class StepExchange:
         dispatch_codec: Codec,
         combine_codec: Codec,
         by_micro_batch: bool,
-        streams: "Streams | None",
+        streams: Streams | None,
         gateway_RN: np.ndarray[Any, np.dtype[np.int32]] | None,
     ) -> None:
         """streams: who waits for arrivals where they come in any order; gateway_RN: given with node-level dedup."""
@@ -312,26 +297,3 @@ class StepExchange:
 def _label(origin: int, chunk: int) -> int:
     """Return what tells messages of a kind between two ranks apart, as chunks may overtake each other at gateways."""
     return origin * MOST_CHUNKS + chunk
-
-
-class Streams:
-    """The streams of a rank, one per kind, peer and label, kept from step to step."""
-
-    def __init__(self) -> None:
-        self._streams: dict[tuple[Kind, int, int], Stream] = {}
-        self.exchanges: Sequence[StepExchange] = ()
-
-    def of(self, kind: Kind, peer: int, label: int) -> Stream:
-        """Return the stream of such messages."""
-        key = kind, peer, label
-        if key not in self._streams:
-            self._streams[key] = Stream(self._failed)
-        return self._streams[key]
-
-    def _failed(self, error: BaseException) -> None:
-        for exchange in self.exchanges:
-            exchange.fail(error)
-
-    def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()

@@ -38,7 +38,7 @@ def _client(path: str, address: str) -> float | None:
     command = [path, "-c", address, "-p", str(_PORT), "-t", str(_SECONDS), "-J"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10 * _SECONDS, check=True)
-        result = json.loads(done.stdout)["end"]["sum_received"]
-        return float(result["bits_per_second"]) / 8
+        result: dict[str, float] = json.loads(done.stdout)["end"]["sum_received"]
+        return result["bits_per_second"] / 8
     except (OSError, subprocess.SubprocessError, ValueError, KeyError):
         return None

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from epsim.batch import StepTokens
-from epsim.measure.exchange import Buffers
+from epsim.measure.mailbox import Buffers
 from epsim.measure.transport import Kind, Posted, Transport, wait_all
 from epsim.measure.work import Work
 from epsim.model import ModelCard

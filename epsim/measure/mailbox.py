@@ -1,5 +1,7 @@
 """Where messages that have been posted are taken up: `Box` in the order of posting, `WatchedBox` in that of arrival.
 
+`Streams` are those of a rank, `Buffers` the memory of its messages.
+
 torch.distributed tells of an arrival only to whoever waits for it. With one peer the order is known and the rank itself
 waits. With more, a thread for each `Stream` (messages of one kind from one peer) waits and hands over.
 """
@@ -8,11 +10,12 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from epsim.measure.transport import Posted
+from epsim.measure.transport import Kind, Posted, Transport
 
 _LONG_S = 600.0
 
@@ -77,3 +80,37 @@ class Stream:
             except BaseException as error:
                 self._failed(error)
                 return
+
+
+class Streams:
+    """The streams of a rank, one per kind, peer and label, kept from step to step."""
+
+    def __init__(self) -> None:
+        self._streams: dict[tuple[Kind, int, int], Stream] = {}
+        self.tell_all: Callable[[BaseException], None] = lambda error: None
+
+    def of(self, kind: Kind, peer: int, label: int) -> Stream:
+        """Return the stream of such messages."""
+        key = kind, peer, label
+        if key not in self._streams:
+            self._streams[key] = Stream(lambda error: self.tell_all(error))
+        return self._streams[key]
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+
+@dataclass
+class Buffers:
+    """Memory for messages, by what they are; it grows in the first run, which is not timed."""
+
+    transport: Transport
+    kept: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+    def take(self, num_bytes: int, *key: Any) -> torch.Tensor:
+        """Return num_bytes of the buffer of a key."""
+        found = self.kept.get(key)
+        if found is None or len(found) < num_bytes:
+            found = self.kept[key] = self.transport.buffer(max(num_bytes, 1))
+        return found[:num_bytes]
