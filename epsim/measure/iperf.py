@@ -27,11 +27,11 @@ def iperf3_bytes_per_s(transport: Transport, a: int, b: int) -> float | None:
         time.sleep(0.3)
     transport.barrier()
     found = _client(str(path), address_b) if transport.rank == a else None
-    found = transport.gather(found)[a]
+    shared: float | None = transport.gather(found)[a]
     if server is not None:
         server.kill()
         server.wait()
-    return found
+    return shared
 
 
 def _client(path: str, address: str) -> float | None:
