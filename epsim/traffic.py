@@ -19,7 +19,7 @@ from epsim.placement import Placement
 
 Counts = npt.NDArray[np.int64]
 Dedup = Literal["none", "device", "node"]
-Dtype = Literal["bf16", "fp8"]
+Dtype = Literal["bf16", "fp8", "fp32"]
 _BLOCK_TOKENS = 256  # a block of routing stays in the L2 cache for its two passes
 _TOKENS_PER_THREAD = 4096
 _NUM_THREADS = os.cpu_count() or 1
@@ -104,7 +104,9 @@ class MessageFormat:
 
 
 def _vector_bytes(hidden_size: int, dtype: Dtype) -> float:
-    return hidden_size * 2.0 if dtype == "bf16" else hidden_size + 4.0 * -(-hidden_size // 128)
+    if dtype == "fp8":
+        return hidden_size + 4.0 * -(-hidden_size // 128)
+    return hidden_size * {"bf16": 2.0, "fp32": 4.0}[dtype]
 
 
 class TrafficCounter:

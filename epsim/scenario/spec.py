@@ -10,6 +10,7 @@ from epsim.scenario.model import ModelSpec
 
 Benchmark = Literal["MMMU", "SQA-IMG", "POPE", "GQA", "TextVQA"]
 Method = Literal["baseline", "attention-soft", "gaussian-soft"]
+Dtype = Literal["bf16", "fp8", "fp32"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -147,14 +148,19 @@ class HomesSpec(StrictModel):
 
 
 class TransmissionSpec(StrictModel):
-    """How tokens travel. `num_chunks` is for async: each rank's tokens leave in that many messages per destination."""
+    """How tokens travel. `num_chunks` is for async: each rank's tokens leave in that many messages per destination.
+
+    `barriers` is for sync: a collective ends for all ranks at once, or for each when its own messages are there.
+    """
 
     mode: Literal["sync", "async", "two_batch"] = "sync"
     num_chunks: Annotated[int, Field(gt=0, le=64)] = 1
     dedup: Literal["none", "device", "node"] = "device"
-    dispatch_dtype: Literal["bf16", "fp8"] = "bf16"
-    combine_dtype: Literal["bf16", "fp8"] = "bf16"
+    dispatch_dtype: Dtype = "bf16"
+    combine_dtype: Dtype = "bf16"
     overlap_shared: bool = False
+    connections: Literal["flow", "pair"] = "flow"
+    barriers: Literal["all", "own"] = "all"
 
 
 class SloSpec(StrictModel):
