@@ -20,7 +20,7 @@ from epsim.model import ModelCard
 from epsim.parallelism import check_parallelism, group_size, lay_out
 from epsim.placement import POLICIES, PlacementProblem
 from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TransmissionSpec, WorkloadSpec
-from epsim.sim import ReplicaPlanner, StepPlanner, Transmission
+from epsim.sim import ReplicaPlanner, StepPlanner, Transmission, check_closed_form
 from epsim.sim.slices import Slice, slices_of
 from epsim.trace import TraceSource
 from epsim.traces import num_requests_needed, trace_and_load, trace_shape
@@ -95,6 +95,8 @@ def model_and_cluster(spec: ScenarioSpec) -> tuple[ModelCard, Cluster]:
 def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> StepPlanner | ReplicaPlanner:
     """Return what turns the steps of a scenario into plans: the only part that knows how fast devices are."""
     transmission = build_transmission(spec, model)
+    if spec.simulation.fidelity == "analytic":
+        check_closed_form(cluster, transmission.barriers)
     size = group_size(spec.parallelism, cluster.num_devices)
     if size is None:
         return StepPlanner(model, cluster, build_cost(spec, model, cluster), transmission)
@@ -118,6 +120,8 @@ def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
         dedup=t.dedup,
         num_chunks={"sync": 1, "async": t.num_chunks, "two_batch": 2}[t.mode],
         overlap_shared=t.overlap_shared,
+        connections=t.connections,
+        barriers=t.barriers if t.mode == "sync" else "all",
         overlap_kv=spec.homes.kv_transfer == "overlapped",
         message_format=MessageFormat.of(model.hidden_size, t.dispatch_dtype, t.combine_dtype),
     )

@@ -162,7 +162,8 @@ VALUES = {
     "write one of MMMU, SQA-IMG, POPE, GQA, TextVQA",
     "transmission.dedupe=node": 'transmission.dedupe: is not a known field; did you mean "dedup"?',
     "cluster.links[0].colour=red": "cluster.links[0].colour: is not a known field; "
-    "known are bandwidth, duplex, each, from, latency, message_overhead, name, to",
+    "known are ack_overhead, bandwidth, burst, duplex, each, frame_overhead, from, latency, message_header, "
+    "message_overhead, name, to",
     "trace.benchmark=POPE": "trace.benchmark: is not a known field; "
     "known are kind, output_tokens, requests, seed, text_tokens, vision_tokens",
     # names that are chosen from a list
@@ -171,7 +172,7 @@ VALUES = {
     "trace.kind=~": "trace.kind: null is not known; write one of file, uniform, zipf, published",
     "transmission.mode=fast": 'transmission.mode: "fast" is not known; write sync, async or two_batch',
     "transmission.dedup=off": "transmission.dedup: false is not known; write none, device or node",
-    "transmission.dispatch_dtype=fp4": 'transmission.dispatch_dtype: "fp4" is not known; write bf16 or fp8',
+    "transmission.dispatch_dtype=fp4": 'transmission.dispatch_dtype: "fp4" is not known; write bf16, fp8 or fp32',
     "simulation.fidelity=exact": 'simulation.fidelity: "exact" is not known; write event, analytic or simpy',
     "homes.policy=here": 'homes.policy: "here" is not known; write balanced or by_modality',
     "model.attention.kind=sparse": 'model.attention.kind: "sparse" is not known; write one of mha, gqa, mla',
@@ -216,6 +217,17 @@ VALUES = {
     '1000000 TB/s; write e.g. "10 Gbit/s"',
     "cluster.links[0].latency=-1 us": 'cluster.links[0].latency: "-1 us" is not from 0 s to 1000000 s; '
     'write e.g. "5 us"',
+    "cluster.links[0].message_header=-1 B": 'cluster.links[0].message_header: "-1 B" is not from 0 B to 1000000 TB; '
+    'write e.g. "64 GB"',
+    "cluster.links[0].burst=0": 'cluster.links[0].burst: 0 is not a size; write e.g. "64 GB"',
+    "cluster.links[0].frame_overhead=1.5": "cluster.links[0].frame_overhead: 1.5 is above 1; write 1 or less",
+    "cluster.links[0].ack_overhead=-0.1": "cluster.links[0].ack_overhead: -0.1 is below 0.0; write 0.0 or more",
+    "cluster.links[0].burst=64KiB simulation.fidelity=analytic": 'simulation.fidelity: "analytic" has no formula for '
+    'burst (of the link "ethernet orin0->orin1"); write event',
+    "transmission.barriers=own simulation.fidelity=analytic": 'simulation.fidelity: "analytic" has no formula for '
+    "transmission.barriers: own; write event",
+    "transmission.barriers=none": 'transmission.barriers: "none" is not known; write all or own',
+    "transmission.connections=rank": 'transmission.connections: "rank" is not known; write flow or pair',
     "cluster.links[0].latency=.nan": 'cluster.links[0].latency: nan is not a time; write e.g. "5 us"',
     "cluster.segment=1e400 GB": 'cluster.segment: "1e400 GB" is too large; write e.g. "64 GB"',
     "workload.slo.ttft=5": 'workload.slo.ttft: 5 is not a time; write e.g. "5 us"',

@@ -56,7 +56,7 @@ def test_defaults(minimal: Path) -> None:
         "homes": {"policy": "balanced", "kv_transfer": "overlapped"},
         "transmission": {
             "mode": "sync", "num_chunks": 1, "dedup": "device", "dispatch_dtype": "bf16", "combine_dtype": "bf16",
-                "overlap_shared": False,
+                "overlap_shared": False, "connections": "flow", "barriers": "all",
         },
         "workload": {
             "batch_sizes": [1, 8, 32], "num_batches": 1, "max_output_tokens": None,
@@ -72,6 +72,16 @@ def test_quantities_are_si_inside(minimal: Path) -> None:
     assert spec.cluster.links[0].latency == 50e-6
     assert spec.cluster.segment == 65536
     assert spec.workload.slo.tpot == 0.05
+
+
+def test_sizes_that_may_be_zero_are_shown_and_read_again(minimal: Path) -> None:
+    settings = ["message_header=0 B", "burst=64 KiB", "frame_overhead=0.0622", "ack_overhead=0.02"]
+    spec = load_scenario(minimal, [f"cluster.links[0].{setting}" for setting in settings])
+    link = shown(spec)["cluster"]["links"][0]
+    assert [link[name] for name in ("message_header", "burst", "frame_overhead")] == ["0 B", "64 KiB", 0.0622]
+    minimal.write_text(yaml.safe_dump(shown(spec)))
+    assert load_scenario(minimal) == spec
+    assert spec.cluster.links[0].burst == 65536
 
 
 @pytest.mark.parametrize("section", ["model", "cluster"])

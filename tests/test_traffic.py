@@ -182,6 +182,14 @@ def test_bytes_by_hand() -> None:
     assert form.combine_bytes(tokens)[0, 2] == 8.0
 
 
+def test_bytes_of_a_vector_by_hand() -> None:
+    # 200 values: 2 or 4 bytes each, or 1 byte each and a scale of 4 bytes for each of two blocks of 128.
+    form = MessageFormat.of(200, "fp32", "bf16")
+    assert (form.dispatch_vector_bytes, form.combine_vector_bytes) == (800.0, 400.0)
+    form = MessageFormat.of(200, "fp8", "fp32")
+    assert (form.dispatch_vector_bytes, form.combine_vector_bytes) == (208.0, 800.0)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_both_id_types_count_the_same(dtype: type[np.unsignedinteger]) -> None:
     traffic = TrafficCounter(HAND_PLACEMENT, 2).count(HAND_IDS.astype(dtype), HAND_HOMES)

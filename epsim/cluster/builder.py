@@ -119,7 +119,7 @@ def _as_written(links: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{**link, "name": link["name"] or "", "from": link["source"], "to": link["target"]} for link in links]
 
 
-def _link(entry: Mapping[str, Any], name: str, source: str, target: str) -> Link:
+def _link(entry: Mapping[str, Any], name: str, source: str, target: str, opposite: int | None) -> Link:
     return Link(
         name=name,
         source=source,
@@ -127,6 +127,11 @@ def _link(entry: Mapping[str, Any], name: str, source: str, target: str) -> Link
         bytes_per_s=entry["bandwidth"],
         latency_s=entry["latency"],
         message_overhead_s=entry["message_overhead"],
+        message_header_bytes=entry["message_header"],
+        frame_overhead_frac=entry["frame_overhead"],
+        burst_bytes=entry["burst"],
+        ack_overhead_frac=entry["ack_overhead"],
+        opposite=opposite,
         is_staging=False,
     )
 
@@ -136,6 +141,7 @@ def _add_links(graph: nx.MultiDiGraph, spec: Mapping[str, Any]) -> tuple[Link, .
     for path, entry, names in _expanded(_as_written(spec["links"]), "links", ("name", "from", "to")):
         _check_ends(graph, path, names["from"], names["to"])
         ends = (names["from"], names["to"])
+        first = len(links)
         for source, target in (ends, ends[::-1]) if entry["duplex"] else (ends,):
             name = f"{names['name']} {source}->{target}".strip()
             if name in links:
@@ -144,7 +150,8 @@ def _add_links(graph: nx.MultiDiGraph, spec: Mapping[str, Any]) -> tuple[Link, .
                     "different names"
                 )
             graph.add_edge(source, target, link=len(links), name=name, bytes_per_s=entry["bandwidth"])
-            links[name] = _link(entry, name, source, target)
+            opposite = first + 1 - (len(links) - first) if entry["duplex"] else None
+            links[name] = _link(entry, name, source, target, opposite)
     return tuple(links.values())
 
 

@@ -92,8 +92,11 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One direction of a link: held for message_overhead_s + bytes / bytes_per_s; arrival is latency_s later.
+    """One direction of a link: held for message_overhead_s + wire bytes / bytes_per_s; arrival is latency_s later.
 
+    The wire bytes of a message are its own with frame_overhead_frac on top, and message_header_bytes. burst_bytes: what
+    a token bucket lets through at once. ack_overhead_frac: by what share a segment takes longer while the opposite
+    direction, a link by its index, has something to send.
     A staging link (`is_staging`) is the copy between device and host memory in front of or behind a route.
     Its source and target are both the device, and it is not an edge of the graph.
 
@@ -108,10 +111,16 @@ class Link:
     latency_s: float
     message_overhead_s: float
     is_staging: bool
+    message_header_bytes: float = 0.0
+    frame_overhead_frac: float = 0.0
+    burst_bytes: float = 0.0
+    ack_overhead_frac: float = 0.0
+    opposite: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.bytes_per_s > 0, f"link {self.name}.bytes_per_s", self.bytes_per_s, "must be above 0")
-        _require_at_least_0(self, f"link {self.name}", ("latency_s", "message_overhead_s"))
+        overheads = ("message_overhead_s", "message_header_bytes", "frame_overhead_frac", "ack_overhead_frac")
+        _require_at_least_0(self, f"link {self.name}", ("latency_s", *overheads, "burst_bytes"))
 
 
 def _frozen(array: NDArray[np.generic]) -> None:
@@ -222,6 +231,17 @@ class Cluster:
     def link_message_overhead_s_X(self) -> NDArray[np.float64]:
         """Return the time that each link spends per message in seconds, float64 (X,), read-only."""
         return self._per_link([link.message_overhead_s for link in self.links])
+
+    @cached_property
+    def link_payload_bytes_per_s_X(self) -> NDArray[np.float64]:
+        """Return what is left of each link's bandwidth for the bytes inside the frames, float64 (X,), read-only."""
+        return self._per_link([link.bytes_per_s / (1.0 + link.frame_overhead_frac) for link in self.links])
+
+    @cached_property
+    def link_message_s_X(self) -> NDArray[np.float64]:
+        """Return the time that a message takes on each link beside its own bytes, float64 (X,), read-only."""
+        seconds = [link.message_overhead_s + link.message_header_bytes / link.bytes_per_s for link in self.links]
+        return self._per_link(seconds)
 
     @staticmethod
     def _per_link(values: list[float]) -> NDArray[np.float64]:

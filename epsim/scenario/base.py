@@ -40,6 +40,7 @@ def _writer(quantity: units.Quantity) -> PlainSerializer:
 
 Rate = Annotated[float, _parser(units.RATE, 1.0, 1e18), _writer(units.RATE)]  # bytes/s
 Size = Annotated[float, _parser(units.SIZE, 1.0, 1e18), _writer(units.SIZE)]  # bytes
+SizeOrZero = Annotated[float, _parser(units.SIZE, 0.0, 1e18), _writer(units.SIZE)]  # bytes
 FlopRate = Annotated[float, _parser(units.FLOP_RATE, 1.0, 1e21), _writer(units.FLOP_RATE)]  # FLOP/s
 Time = Annotated[float, _parser(units.TIME, 0.0, 1e6), _writer(units.TIME)]  # s
 Fraction = Annotated[float, Field(gt=0, le=1)]

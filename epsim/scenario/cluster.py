@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from epsim.scenario.base import FlopRate, Fraction, PositiveInt, Rate, Share, Size, StrictModel, Time
+from epsim.scenario.base import FlopRate, Fraction, PositiveInt, Rate, Share, Size, SizeOrZero, StrictModel, Time
 
 _Name = Annotated[str, StringConstraints(min_length=1)]
 _Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -87,6 +87,10 @@ class LinkSpec(StrictModel):
     bandwidth: Rate
     latency: Time = 0.0
     message_overhead: Time = 0.0
+    message_header: SizeOrZero = 0.0
+    frame_overhead: Share = 0.0
+    burst: SizeOrZero = 0.0
+    ack_overhead: Share = 0.0
     duplex: bool = True
     each: _Each = Field(default_factory=dict)
 

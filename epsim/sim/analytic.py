@@ -6,16 +6,34 @@ contention: see `epsim.sim.closed_form`.
 Letters: L MoE layers, C chunks, R devices, N nodes, X links, H hops, F flows of an exchange (R R or R N of them).
 """
 
+from typing import NoReturn
+
 import numpy as np
 
 from epsim.cluster import Cluster
+from epsim.errors import ScenarioError
 from epsim.sim.closed_form import Network, asynchronous, send, sync, two_batch
 from epsim.sim.engine import collect_parts
-from epsim.sim.step import Floats, StepPlan, StepResult
+from epsim.sim.step import Barriers, Floats, StepPlan, StepResult
+
+
+def check_closed_form(cluster: Cluster, barriers: Barriers) -> None:
+    """Raise a ScenarioError where the closed form has no formula for what a cluster or a step's barriers are like."""
+    for link in cluster.links:
+        for field, value in (("burst", link.burst_bytes), ("ack_overhead", link.ack_overhead_frac)):
+            if value > 0:
+                _refuse(f'{field} (of the link "{link.name}")')
+    if barriers == "own":
+        _refuse("transmission.barriers: own")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ScenarioError(f'simulation.fidelity: "analytic" has no formula for {what}; write event')
 
 
 def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
-    """Return the step's times by the closed form."""
+    """Return the step's times by the closed form; a ScenarioError says what it does not know."""
+    check_closed_form(cluster, plan.barriers)
     network = _network(plan, cluster)
     exchange = tuple(
         np.concatenate([_by_flow(getattr(batch, name)) for batch in plan.batches], axis=2)
@@ -91,9 +109,9 @@ def _network(plan: StepPlan, cluster: Cluster) -> Network:
     )
     return Network(
         cluster.routes_RRH,
-        cluster.link_bytes_per_s_X,
+        cluster.link_payload_bytes_per_s_X,
         cluster.link_latency_s_X,
-        cluster.link_message_overhead_s_X,
+        cluster.link_message_s_X,
         float(cluster.segment_bytes),
         *(np.ascontiguousarray(flow, dtype=bool if flow is far_RR else np.int64).reshape(-1) for flow in flows),
     )

@@ -55,7 +55,9 @@ def _delivered(graph: TaskGraph, end_s_N: Floats, num_devices: int) -> Floats:
 
 def _parts(plan: StepPlan, graph: TaskGraph, start_s_N: Floats, end_s_N: Floats) -> Floats:
     """Return seconds by part and device, [len(PARTS), R]: what is computed, and what each idle time is for."""
-    idle = {"sync": _idle_sync, "async": _idle_async, "two_batch": _idle_two_batch}[plan.mode]
+    idle = {"sync": _idle_sync, "async": _idle_async, "two_batch": _idle_turns}[plan.mode]
+    if plan.barriers == "own":
+        idle = _idle_turns
     return collect_parts(plan, *idle(graph, start_s_N, end_s_N), end_s_N[graph.fronts_LR[-1]])
 
 
@@ -87,14 +89,15 @@ def _idle_async(graph: TaskGraph, start_s_N: Floats, end_s_N: Floats) -> Idle:
     return last_LR - local_end_LR - computed_LR, back_LR - last_LR, host_LR, np.zeros_like(back_LR)
 
 
-def _idle_two_batch(graph: TaskGraph, start_s_N: Floats, end_s_N: Floats) -> Idle:
+def _idle_turns(graph: TaskGraph, start_s_N: Floats, end_s_N: Floats) -> Idle:
     """What a device waits for between two of its tasks is what the second needs: tokens, results, or its host."""
     start_LXR, end_LXR = start_s_N[graph.program_LXR], end_s_N[graph.program_LXR]
     gap_LXR = start_LXR[:, 1:] - end_LXR[:, :-1]
-    dispatch_LR = gap_LXR[:, -2:].sum(axis=1)  # before the experts of either
+    first_experts = gap_LXR.shape[1] - 1 - int(graph.batch_N.max())  # of one micro-batch or two
+    dispatch_LR = gap_LXR[:, first_experts:].sum(axis=1)
     is_needed_N = (graph.batch_N == 0) | (graph.layer_N == len(start_LXR) - 1)  # the head needs both
     back_LR = _with_results(end_LXR[:, -1], graph, end_s_N, is_needed_N)
-    combine_LR = gap_LXR[:, :-2].sum(axis=1) + (back_LR - end_LXR[:, -1])
+    combine_LR = gap_LXR[:, :first_experts].sum(axis=1) + (back_LR - end_LXR[:, -1])
     host_LR = start_s_N[graph.fronts_LR[1:]] - back_LR
     return dispatch_LR, combine_LR, host_LR, np.zeros_like(back_LR)
 

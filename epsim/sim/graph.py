@@ -21,9 +21,9 @@ def build_graph(plan: StepPlan) -> TaskGraph:
     heads_R = b.compute(Work.HEAD, np.full_like(device_R, plan.num_layers), device_R, device_R, plan.tail_s_R)
     starts_LR = np.concatenate((fronts_LR, heads_R[None]))
     _add_hosts(b, plan, starts_LR)
-    add = {"sync": _add_sync, "async": _add_async, "two_batch": _add_two_batch}[plan.mode]
-    program_LXR, barriers_LX = add(b, plan, starts_LR)
-    return b.finish(starts_LR, program_LXR, barriers_LX)
+    add = {"sync": _add_sync, "async": _add_async, "two_batch": _add_turns}[plan.mode]
+    program_LXR, barriers_LX = (_add_turns if plan.barriers == "own" else add)(b, plan, starts_LR)
+    return b.finish(starts_LR, program_LXR, barriers_LX, one_flow_per_pair=plan.connections == "pair")
 
 
 def _add_hosts(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> None:
@@ -93,25 +93,28 @@ def _add_async(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, 
     return np.stack([starts_LR[:-1], local_LR], axis=1), np.zeros((0, 4), dtype=np.int64)
 
 
-def _add_two_batch(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
-    """Two micro-batches in turn on every device, no barrier: front 1, front 2, experts 1, experts 2 of each layer.
+def _add_turns(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
+    """The micro-batches in turn on every device, no barrier: front 1, front 2, experts 1, experts 2 of each layer.
 
-    While one's tokens travel the other computes (DeepSeek-V3, arXiv:2412.19437, section 3.4).
+    While one's tokens travel the other computes (DeepSeek-V3, arXiv:2412.19437, section 3.4). With only one: mode sync
+    in which each rank waits for nothing but its own messages.
     """
-    assert plan.second is not None
     layers, devices = np.indices((plan.num_layers, plan.num_devices))
-    with b.micro_batch(1):
-        second_LR = b.compute(Work.FRONT, layers, devices, devices, plan.second.front_s_LR)
-    fronts = starts_LR[:-1], second_LR
-    starts = starts_LR, np.concatenate((second_LR, starts_LR[-1:]))
-    _add_kv(b, plan, second_LR, starts_LR[-1])
+    starts = [starts_LR]
+    if plan.second is not None:
+        with b.micro_batch(1):
+            second_LR = b.compute(Work.FRONT, layers, devices, devices, plan.second.front_s_LR)
+        starts.append(np.concatenate((second_LR, starts_LR[-1:])))
+    fronts = [starts_of_batch[:-1] for starts_of_batch in starts]
+    _add_kv(b, plan, fronts[-1], starts_LR[-1])
     shared, experts = [], []
     for number, part in enumerate(plan.batches):
         with b.micro_batch(number):
             *overlapped, experts_LR = _add_experts(b, part, layers, devices)
         shared.append(overlapped)
         experts.append(experts_LR)
-    program = [fronts[0], *shared[0], fronts[1], *shared[1], *experts]
+    turns = [task for front, overlapped in zip(fronts, shared, strict=True) for task in (front, *overlapped)]
+    program = [*turns, *experts]
     _chain(b, program)
     b.edge(program[-1], starts_LR[1:])
     for number, part in enumerate(plan.batches):

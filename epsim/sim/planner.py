@@ -12,7 +12,7 @@ import numpy.typing as npt
 from epsim.cluster import Cluster
 from epsim.cost import Cost, HomeWork
 from epsim.model import ModelCard
-from epsim.sim.step import Floats, Mode, StepPlan
+from epsim.sim.step import Barriers, Connections, Floats, Mode, StepPlan
 from epsim.traffic import Counts, Dedup, MessageFormat, StepTraffic
 
 
@@ -20,7 +20,7 @@ from epsim.traffic import Counts, Dedup, MessageFormat, StepTraffic
 class Transmission:
     """How tokens travel: the mode, dedup, the bytes, and what overlaps.
 
-    num_chunks: 1 in mode sync, the two micro-batches in mode two_batch.
+    num_chunks: 1 in mode sync, the two micro-batches in mode two_batch. connections, barriers: as in `StepPlan`.
     """
 
     mode: Mode
@@ -29,6 +29,8 @@ class Transmission:
     message_format: MessageFormat
     overlap_kv: bool
     overlap_shared: bool = False
+    connections: Connections = "flow"
+    barriers: Barriers = "all"
 
 
 class StepPlanner:
@@ -75,6 +77,8 @@ class StepPlanner:
             kv_bytes_LRR=self._kv_bytes(kv_tokens_RR, num_layers),
             overlap_kv=self._transmission.overlap_kv,
             overlap_shared=self._transmission.overlap_shared,
+            connections=self._transmission.connections,
+            barriers=self._transmission.barriers,
             second=None,
         )
 
@@ -191,8 +195,8 @@ class _CopyTime:
         self._exposed_frac_R = np.array([1.0 - device.transfer_overlap_frac for device in cluster.devices])
         self.exposed = bool(self._exposed_frac_R.any())
         # One more entry at the end, for the -1 that pads a route.
-        s_per_byte_X = np.append(1.0 / cluster.link_bytes_per_s_X, 0.0)
-        overhead_s_X = np.append(cluster.link_message_overhead_s_X, 0.0)
+        s_per_byte_X = np.append(1.0 / cluster.link_payload_bytes_per_s_X, 0.0)
+        overhead_s_X = np.append(cluster.link_message_s_X, 0.0)
         self._s_per_byte_RR = s_per_byte_X[cluster.routes_RRH].max(axis=2)
         self._message_s_RR = overhead_s_X[cluster.routes_RRH].sum(axis=2)
 

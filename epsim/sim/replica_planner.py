@@ -51,10 +51,15 @@ class ReplicaPlanner:
         bytes_LCRR = self._exchange_bytes(work.tokens_R)
         zeros_LR = np.zeros((len(bytes_LCRR), len(self._leader_R)))
         nodes_LCRN = np.zeros((*bytes_LCRR.shape[:3], int(self._node_of_device_R.max()) + 1))
+        fronts = self._fronts(work, traffic)
         return StepPlan(
             mode="sync" if self._group_size > 1 else "async",
             vision_s_R=self._barrier_factor_R * self._cost.vision_s_R(work),
-            **self._fronts(work, traffic),
+            attention_s_LR=fronts["attention_s_LR"],
+            dense_ffn_s_LR=fronts["dense_ffn_s_LR"],
+            router_s_LR=fronts["router_s_LR"],
+            home_experts_s_LR=fronts["home_experts_s_LR"],
+            host_s_LR=fronts["host_s_LR"],
             shared_s_LR=zeros_LR,
             copy_s_LR=zeros_LR,
             pack_s_LR=zeros_LR,

@@ -4,6 +4,7 @@ The rules are those of `epsim.sim.event`, which runs the same graphs in compiled
 """
 
 import bisect
+import heapq
 from collections import deque
 from collections.abc import Generator
 from typing import Any, cast
@@ -17,14 +18,26 @@ from epsim.sim.event import Run
 from epsim.sim.task_graph import Kind, TaskGraph
 
 Process = Generator[simpy.Event, Any, None]
-_AFTER_EVERYTHING_AT_THIS_INSTANT = 2  # SimPy's own events have the priorities 0 and 1
+# Of events at one instant: SimPy's own have the priorities 0 and 1, these come after all of them.
+_USUAL, _LINKS_CHOOSE, _DEVICES_CHOOSE = 1, 2, 3
+
+
+class _Environment(simpy.Environment):
+    """SimPy's, with events at times rather than after delays, whose sum with the present is rounded otherwise."""
+
+    def at(self, time_s: float, priority: int = _USUAL) -> simpy.Event:
+        """Return the event that comes at this time."""
+        event = self.event()
+        event._ok, event._value = True, None
+        heapq.heappush(self._queue, (time_s, cast(EventPriority, priority), next(self._eid), event))
+        return event
 
 
 class _State:
     """The state of one execution: start and end of the tasks, and who waits for what."""
 
     def __init__(self, graph: TaskGraph, cluster: Cluster) -> None:
-        self.env = simpy.Environment()
+        self.env = _Environment()
         self.graph = graph
         self.start_s = np.full(len(graph.kind_N), np.nan)
         self.end_s = np.full(len(graph.kind_N), np.nan)
@@ -40,8 +53,15 @@ class _State:
         self.served = np.zeros((len(graph.kind_N), cluster.routes_RRH.shape[2] + 1), dtype=int)
         self.active_flows: set[int] = set()
         self.contended = False
+        self.settling: dict[int, simpy.Event] = {}
         for task in np.flatnonzero(self.waiting_for == 0):
             self.ready(int(task))
+
+    def settled(self, priority: int) -> simpy.Event:
+        """Return the event, one for all who wait for it, that comes when this instant has nothing else to do."""
+        if priority not in self.settling or self.settling[priority].processed:
+            self.settling[priority] = self.env.at(self.env.now, priority)
+        return self.settling[priority]
 
     def ready(self, task: int) -> None:
         """All predecessors of the task are done."""
@@ -56,7 +76,7 @@ class _State:
             self.flows[flow].append(task)
             if flow not in self.active_flows:
                 self.active_flows.add(flow)
-                self.env.process(self.arrive(task, 0, 0.0))
+                self.env.process(self.arrive(task, 0, self.env.now))
 
     def complete(self, task: int) -> None:
         """The task is done: its successors have one predecessor less to wait for."""
@@ -74,9 +94,9 @@ class _State:
         route = self.routes_RRH[self.graph.source_N[task], self.graph.destination_N[task]]
         return self.links[route[hop + 1]] if hop + 1 < len(route) and route[hop + 1] >= 0 else None
 
-    def arrive(self, task: int, hop: int, delay_s: float) -> Process:
+    def arrive(self, task: int, hop: int, at_s: float) -> Process:
         """A segment (at hop 0: the head of a flow) comes to the link of its hop, or to its destination."""
-        yield self.env.timeout(delay_s)
+        yield self.env.at(at_s)
         link = self.next_link(task, hop - 1)
         if link is not None:
             link.add(task, hop)
@@ -106,10 +126,7 @@ class _Device:
             if not self.queue:
                 self.wake = env.event()
                 yield self.wake
-            settled = env.event()
-            settled._ok, settled._value = True, None
-            env.schedule(settled, priority=cast(EventPriority, _AFTER_EVERYTHING_AT_THIS_INSTANT))
-            yield settled
+            yield self.state.settled(_DEVICES_CHOOSE)
             _, task = self.queue.pop(0)
             self.state.start_s[task] = env.now
             yield env.timeout(self.state.graph.duration_s_N[task])
@@ -126,6 +143,8 @@ class _Link:
         self.wake = state.env.event()
         self.busy_s = self.carried_bytes = 0.0
         self.last_flow = -1
+        self.is_held = False
+        self.credit_bytes, self.credit_at_s = self.link.burst_bytes, 0.0
         state.env.process(self.work())
 
     def add(self, task: int, hop: int) -> None:
@@ -133,18 +152,40 @@ class _Link:
         if not self.wake.triggered:
             self.wake.succeed()
 
+    @property
+    def opposite(self) -> "_Link | None":
+        """The other direction, where its acknowledgements take time of this one."""
+        has_one = self.link.opposite is not None and self.link.ack_overhead_frac > 0
+        return self.state.links[cast(int, self.link.opposite)] if has_one else None
+
+    def time_at_rate(self, wire_bytes: float) -> float:
+        """How long these bytes take, less those that the token bucket lets through at once."""
+        now, rate = self.state.env.now, self.link.bytes_per_s
+        credit_bytes = min(self.link.burst_bytes, self.credit_bytes + (now - self.credit_at_s) * rate)
+        from_credit_bytes = min(wire_bytes, credit_bytes)
+        held_s = (wire_bytes - from_credit_bytes) / rate
+        if self.opposite is not None and (self.opposite.is_held or self.opposite.queue):
+            held_s *= 1.0 + self.link.ack_overhead_frac
+        self.credit_bytes, self.credit_at_s = credit_bytes - from_credit_bytes, now + held_s
+        return held_s
+
     def work(self) -> Process:
         state, env = self.state, self.state.env
         while True:
             if not self.queue:
                 self.wake = env.event()
                 yield self.wake
+            if self.opposite is not None:
+                yield state.settled(_LINKS_CHOOSE)
             task, hop, since_s = self.queue.popleft()
             flow = int(state.graph.flow_N[task])
             state.contended |= flow != self.last_flow and since_s < env.now
             self.last_flow = flow
             segment_bytes = state.graph.bytes_N[task] / state.num_segments[task]
-            held_s = segment_bytes / self.link.bytes_per_s
+            wire_bytes = segment_bytes * (1.0 + self.link.frame_overhead_frac)
+            if state.served[task, hop] == 0:
+                wire_bytes += self.link.message_header_bytes
+            held_s = self.time_at_rate(wire_bytes)
             if state.served[task, hop] == 0:
                 held_s += self.link.message_overhead_s
                 if hop == 0:
@@ -158,8 +199,10 @@ class _Link:
             self.busy_s += held_s
             if state.served[task, hop] == state.num_segments[task]:
                 self.carried_bytes += state.graph.bytes_N[task]
-            env.process(state.arrive(task, hop + 1, held_s + self.link.latency_s))
+            env.process(state.arrive(task, hop + 1, env.now + held_s + self.link.latency_s))
+            self.is_held = True
             yield env.timeout(held_s)
+            self.is_held = False
             if hop == 0:
                 if state.flows[flow]:
                     self.queue.append((state.flows[flow][0], 0, env.now))

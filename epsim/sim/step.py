@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Mode = Literal["sync", "async", "two_batch"]
+Connections = Literal["flow", "pair"]
+Barriers = Literal["all", "own"]
 
 COMPUTE_PARTS = ("vision", "attention", "dense_ffn", "router", "experts", "copy", "head")
 PARTS = (*COMPUTE_PARTS, "dispatch", "combine", "host", "waiting")
@@ -45,8 +47,10 @@ class StepPlan:
     kv_bytes_LRR: KV cache from prefill home to decode home, per MoE layer (leading dense layers with the first).
     overlap_kv: each layer's KV cache leaves with the dispatch of its home; else all of it when that device is done.
     overlap_shared: shared experts are computed while the dispatch travels, not with the routed ones (in mode async they
-    always are). second: in mode two_batch, the plan of the other micro-batch (its second is None); vision, head and KV
-    cache are in the first.
+    always are). connections: messages keep their order among those of one kind between two ranks for one home ("flow"),
+    or among all from one rank to another ("pair"). barriers: in mode sync, a rank goes on when the messages of all have
+    arrived ("all") or those to itself ("own"). second: in mode two_batch, the plan of the other micro-batch (its second
+    is None); vision, head and KV cache are in the first.
     """
 
     mode: Mode
@@ -74,6 +78,8 @@ class StepPlan:
     overlap_kv: bool
     overlap_shared: bool = False
     second: "StepPlan | None" = None
+    connections: Connections = "flow"
+    barriers: Barriers = "all"
 
     def __post_init__(self) -> None:
         num_layers, num_chunks, num_devices, _ = self.dispatch_bytes_LCRR.shape
@@ -81,6 +87,8 @@ class StepPlan:
             raise ValueError("a step needs at least one layer, and exactly one chunk except in mode async")
         if self.second is not None and (self.mode != "two_batch" or self.second.second is not None):
             raise ValueError("only a plan in mode two_batch has a second, and that has none")
+        if self.barriers == "own" and self.mode != "sync":
+            raise ValueError("only a plan in mode sync has barriers")
         layers, chunks, devices = num_layers, num_chunks, num_devices
         nodes = self.node_dispatch_bytes_LCRN.shape[-1]
         shape_of = {"_s_R": (devices,), "_LR": (layers, devices), "_LRR": (layers, devices, devices)}

@@ -124,7 +124,9 @@ class GraphBuilder:
             before, after = np.broadcast_arrays(before, after)
         self.edges.append((before.reshape(-1), after.reshape(-1)))
 
-    def finish(self, fronts_LR: Ints, program_LXR: Ints, barriers_LX: Ints) -> TaskGraph:
+    def finish(
+        self, fronts_LR: Ints, program_LXR: Ints, barriers_LX: Ints, *, one_flow_per_pair: bool = False
+    ) -> TaskGraph:
         kind, work, layer, source, destination, origin, batch = np.concatenate(self.numbers, axis=1)
         duration_s, num_bytes = np.concatenate(self.amounts, axis=1)
         before, after = np.concatenate([np.stack(pair) for pair in self.edges], axis=1)
@@ -133,7 +135,9 @@ class GraphBuilder:
         # One flow per message class, origin and pair of ends: whose tokens they are does not change their route.
         flow_class = np.searchsorted(_MESSAGE_WORKS, work).clip(max=len(_MESSAGE_WORKS) - 1)
         r = self.num_devices
-        raw_flow = ((flow_class * r + origin) * r + source) * r + destination
+        raw_flow = source * r + destination
+        if not one_flow_per_pair:
+            raw_flow += (flow_class * r + origin) * r * r
         is_message = kind == Kind.MESSAGE
         used, flow = np.unique(raw_flow[is_message], return_inverse=True)
         flow_N = np.zeros(self.num_tasks, dtype=np.int64)

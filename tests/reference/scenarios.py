@@ -56,9 +56,23 @@ def _random_link(rng: Rng, source: str, target: str) -> dict[str, Any]:
     return link(source, target, float(bandwidth), float(latency), message_overhead=float(overhead), duplex=False)
 
 
-def mesh(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False) -> Cluster:
+def _framed(rng: Rng, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the link with random framing and headers."""
+    framing = {"frame_overhead": rng.choice([0.0, rng.uniform(0, 1)]), "message_header": rng.choice([0.0, 4.0])}
+    return {**fields, **{name: float(value) for name, value in framing.items()}}
+
+
+def _shaped(rng: Rng, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a link in both directions with all that a transport may do to it, some of it at random."""
+    shaping = {"burst": rng.choice([0.0, rng.uniform(0, 40)]), "ack_overhead": rng.choice([0.0, rng.uniform(0, 1)])}
+    return {**_framed(rng, fields), **{name: float(value) for name, value in shaping.items()}, "duplex": True}
+
+
+def mesh(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False, *, framed: bool = False) -> Cluster:
     """Return devices with a link of its own for each ordered pair (and host staging in front, where asked for)."""
     links = [_random_link(rng, f"d{s}", f"d{d}") for s in range(num_devices) for d in range(num_devices) if s != d]
+    if framed:
+        links = [_framed(rng, fields) for fields in links]
     return make_cluster(
         _device_types(rng, num_devices, staging),
         links,
@@ -67,12 +81,17 @@ def mesh(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False) -> C
     )
 
 
-def fabric(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False) -> Cluster:
-    """Return nodes with an inner switch and one uplink each to a spine: ports and uplinks are shared."""
+def fabric(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False, *, shaped: bool = False) -> Cluster:
+    """Return nodes with an inner switch and one uplink each to a spine: ports and uplinks are shared.
+
+    shaped: links have both directions alike, with framing, bursts and acknowledgements.
+    """
     nodes = random_nodes(rng, num_devices, num_nodes)
     ends = [(f"d{r}", f"leaf{node}") for r, node in enumerate(nodes)]
     ends += [(f"leaf{node}", "spine") for node in range(num_nodes)]
     links = [_random_link(rng, *way) for pair in ends for way in (pair, pair[::-1])]
+    if shaped:
+        links = [_shaped(rng, fields) for fields in links[::2]]
     return make_cluster(
         _device_types(rng, num_devices, staging),
         links,

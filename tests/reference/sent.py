@@ -62,7 +62,9 @@ def bytes_on_links(plan: StepPlan, cluster: Cluster) -> tuple[NDArray[np.float64
         for x in cluster.routes_RRH[source, destination]:
             if x >= 0:
                 bytes_X[x] += num_bytes
-                held_s_X[x] += num_bytes / cluster.links[x].bytes_per_s + cluster.links[x].message_overhead_s
+                link = cluster.links[x]
+                wire_bytes = num_bytes * (1 + link.frame_overhead_frac) + link.message_header_bytes
+                held_s_X[x] += wire_bytes / link.bytes_per_s + link.message_overhead_s
     return bytes_X, held_s_X
 
 

@@ -66,6 +66,10 @@ def link(source: str, target: str, bandwidth: float, latency: float = 0.0, **cha
         "bandwidth": bandwidth,
         "latency": latency,
         "message_overhead": 0.0,
+        "message_header": 0.0,
+        "frame_overhead": 0.0,
+        "burst": 0.0,
+        "ack_overhead": 0.0,
         "duplex": True,
         "each": {},
     }
