@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any
 
 from epsim.cluster import Cluster
 from epsim.errors import EpsimError
@@ -40,16 +40,14 @@ def launch(cluster: Cluster, job: dict[str, Any], say: Callable[[dict[str, Any]]
     shaped: on namespaces (NamespacesUnavailable if there can be none); else on loopback. Raises RankDied, naming it.
     """
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="epsim-")))
         if shaped:
             start, master, interface = _on_namespaces(stack, cluster)
         else:
             start, master, interface = _on_loopback()
-        path = folder / "job.json"
-        path.write_text(json.dumps({**job, "num_ranks": cluster.num_devices}), encoding="utf-8")
-        argv = [sys.executable, "-m", "epsim.measure.rank", str(path), "--master", master, "--interface", interface]
-        ranks = stack.enter_context(_processes(start, argv, cluster.num_devices, folder, job["threads"]))
-        _follow(ranks, folder, say)
+        argv = [sys.executable, "-m", "epsim.measure.rank", "--master", master, "--interface", interface]
+        text = json.dumps({**job, "num_ranks": cluster.num_devices})
+        ranks = stack.enter_context(_processes(start, argv, text, cluster.num_devices, job["threads"]))
+        _follow(ranks, say)
 
 
 def namespaces_reason() -> str | None:
@@ -83,39 +81,55 @@ def _on_loopback() -> tuple[Start, str, str]:
     return start, f"127.0.0.1:{port}", "lo"
 
 
+@dataclass(frozen=True)
+class _Rank:
+    """A rank's process, and the file of what it says on stderr."""
+
+    process: "subprocess.Popen[bytes]"
+    said: IO[bytes]
+
+    @property
+    def last_words(self) -> str:
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+
 @contextlib.contextmanager
-def _processes(
-    start: Start, argv: list[str], num_ranks: int, folder: Path, threads: int
-) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Yield the processes of the ranks, which are ended with the block."""
+def _processes(start: Start, argv: list[str], job: str, num_ranks: int, threads: int) -> Iterator[list["_Rank"]]:
+    """Yield the ranks, whose processes are ended with the block. What they read and say is in files without a name."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "FATAL",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[_Rank] = []
     try:
-        for rank in range(num_ranks):
-            with (folder / f"rank{rank}.err").open("wb") as stderr:
-                out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-                options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": stderr, "env": environment}
-                ranks.append(start(rank, [*argv, "--rank", str(rank)], options))
+        for number in range(num_ranks):
+            out = subprocess.PIPE if number == 0 else subprocess.DEVNULL
+            said = tempfile.TemporaryFile()
+            with tempfile.TemporaryFile() as content:
+                content.write(job.encode())
+                content.seek(0)
+                options = {"stdin": content, "stdout": out, "stderr": said, "env": environment}
+                ranks.append(_Rank(start(number, [*argv, "--rank", str(number)], options), said))
         yield ranks
     finally:
-        for process in ranks:
+        for rank in ranks:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in ranks:
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+                os.killpg(rank.process.pid, signal.SIGKILL)
+        for rank in ranks:
+            rank.process.wait()
+            rank.said.close()
+            if rank.process.stdout is not None:
+                rank.process.stdout.close()
 
 
-def _follow(ranks: list["subprocess.Popen[bytes]"], folder: Path, say: Callable[[dict[str, Any]], None]) -> None:
+def _follow(ranks: list[_Rank], say: Callable[[dict[str, Any]], None]) -> None:
     """Hand on what rank 0 says until all ranks have ended well."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    stdout = ranks[0].stdout
+    stdout = ranks[0].process.stdout
     assert stdout is not None
 
     def read() -> None:
@@ -125,9 +139,9 @@ def _follow(ranks: list["subprocess.Popen[bytes]"], folder: Path, say: Callable[
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     while True:
-        ended = [process.poll() is not None for process in ranks]
-        if any(process.returncode for process in ranks):
-            raise _who_died(ranks, folder)
+        ended = [rank.process.poll() is not None for rank in ranks]
+        if any(rank.process.returncode for rank in ranks):
+            raise _who_died(ranks)
         with contextlib.suppress(queue.Empty):
             while True:
                 say(json.loads(lines.get(timeout=_POLL_S)))
@@ -138,26 +152,25 @@ def _follow(ranks: list["subprocess.Popen[bytes]"], folder: Path, say: Callable[
             return
 
 
-def _who_died(ranks: list["subprocess.Popen[bytes]"], folder: Path) -> RankDied:
+def _who_died(ranks: list[_Rank]) -> RankDied:
     """Return the error of the rank that ended by itself, not because another had."""
     deadline = time.monotonic() + _LAST_WORDS_S
-    while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+    while time.monotonic() < deadline and any(rank.process.poll() is None for rank in ranks):
         time.sleep(_POLL_S / 4)
     causes = {}
-    for rank, process in enumerate(ranks):
-        words = (folder / f"rank{rank}.err").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        if process.returncode and not (words and "is gone" in words[-1]):
-            causes[rank] = _cause(process.returncode, words)
+    for number, rank in enumerate(ranks):
+        if rank.process.returncode and "is gone" not in rank.last_words:
+            causes[number] = _cause(rank.process.returncode, rank.last_words)
     if not causes:
         return RankDied("a rank lost its connection to another; run it again")
-    rank = min(causes, key=lambda r: (not causes[r].startswith("killed"), r))
-    return RankDied(f"rank {rank} died: {causes[rank]}")
+    number = min(causes, key=lambda r: (not causes[r].startswith("killed"), r))
+    return RankDied(f"rank {number} died: {causes[number]}")
 
 
-def _cause(code: int, words: list[str]) -> str:
+def _cause(code: int, words: str) -> str:
     number = -code if code < 0 else code - 128
     if code < 0 or code > 128:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(number).name}"
-    said = words[-1].removeprefix("epsim: ") if words else f"exit code {code}"
+    said = words or f"exit code {code}"
     return said.split(": ", 1)[1] if said.startswith("rank ") and ": " in said else said

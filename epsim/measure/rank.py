@@ -1,6 +1,6 @@
-"""What one rank process does: `python -m epsim.measure.rank JOB --rank R --master HOST:PORT`, or `run_rank` in place.
+"""What one rank process does: `python -m epsim.measure.rank --rank R --master HOST:PORT`, or `run_rank` in place.
 
-All ranks read the same job and go through it in step; rank 0 writes what came out as lines of JSON.
+All ranks get the same job (JSON, on standard input) and go through it in step; rank 0 writes what came out as lines of JSON.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,12 +127,11 @@ def _nothing(content: dict[str, Any]) -> None:
 def main() -> None:
     """Entry point of a rank process."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", type=Path)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--master", required=True)
     parser.add_argument("--interface")
     options = parser.parse_args()
-    job = json.loads(options.job.read_text(encoding="utf-8"))
+    job = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")  # the protocol; whatever else is printed goes to stderr
     os.dup2(2, 1)
 

@@ -39,6 +39,8 @@ def cells_of(raw: dict[str, Any], axes: Axes, dilation: float) -> list[Cell]:
 
 
 def network_key(spec: ScenarioSpec) -> str:
-    """Return what two scenarios share if they run on the same network."""
-    cluster = spec.cluster.model_dump(mode="json", by_alias=True)
-    return repr([cluster[part] for part in ("devices", "nics", "switches", "links")])
+    """Return what two scenarios share if they run on the same network: who is joined to whom, and how fast."""
+    cluster = spec.cluster
+    links = [(link.source, link.target, f"{link.bandwidth:.9g}", dict(link.each)) for link in cluster.links]
+    vertices = [(vertex.name, dict(vertex.each)) for vertex in (*cluster.devices, *cluster.nics, *cluster.switches)]
+    return repr((vertices, links))
