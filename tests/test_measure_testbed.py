@@ -1,4 +1,4 @@
-"""The testbed leaves nothing behind: namespaces, processes and files after success, failure, Ctrl-C and a killed rank."""
+"""The testbed leaves nothing behind: no namespace, process or file, after success, failure, Ctrl-C, a killed rank."""
 
 import contextlib
 import os

@@ -108,7 +108,7 @@ def _processes(start: Start, argv: list[str], job: str, num_ranks: int, threads:
     try:
         for number in range(num_ranks):
             out = subprocess.PIPE if number == 0 else subprocess.DEVNULL
-            said = tempfile.TemporaryFile()
+            said = tempfile.TemporaryFile()  # noqa: SIM115
             with tempfile.TemporaryFile() as content:
                 content.write(job.encode())
                 content.seek(0)

@@ -1,6 +1,7 @@
 """What one rank process does: `python -m epsim.measure.rank --rank R --master HOST:PORT`, or `run_rank` in place.
 
-All ranks get the same job (JSON, on standard input) and go through it in step; rank 0 writes what came out as lines of JSON.
+All ranks get the same job (JSON, on standard input) and go through it in step; rank 0 writes what came out as lines
+of JSON.
 """
 
 import argparse
