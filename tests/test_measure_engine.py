@@ -9,13 +9,14 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from epsim.batch import step_tokens
+from epsim.batch import step_inputs, step_tokens
 from epsim.cluster import build_cluster
 from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
 from epsim.measure.home_step import token_ids
 from epsim.measure.launch import launch
 from epsim.run import assemble
 from epsim.scenario import ScenarioSpec, load_scenario
+from epsim.sim import simulate_step
 from epsim.trace import Modality
 
 ROOT = Path(__file__).parent.parent
@@ -83,9 +84,20 @@ def run_on_ranks(specs: list[ScenarioSpec], *, shaped: bool = False) -> list[dic
     return [line for line in said if "cell" in line]
 
 
+def planned_bytes(spec: ScenarioSpec) -> np.ndarray:  # type: ignore[type-arg]
+    """Return what the simulator says is sent from rank to rank in all steps."""
+    deployment, size = assemble(spec), spec.workload.batch_sizes[0]
+    total_RR = np.zeros((deployment.cluster.num_devices,) * 2)
+    for given in step_inputs(deployment, deployment.trace.requests.request_id_Q[:size], None):
+        plan = deployment.planner.plan(given.works, given.traffic, given.kv_tokens_RR)
+        total_RR += simulate_step(plan, deployment.cluster, "event")[0].delivered_bytes_RR
+    return total_RR
+
+
 def check_outputs(specs: list[ScenarioSpec]) -> None:
     expected = single_process(specs[0])
     for spec, cell in zip(specs, run_on_ranks(specs), strict=True):
+        np.testing.assert_array_equal(cell["runs"][0]["sent_bytes_RR"], planned_bytes(spec), str(spec.transmission))
         for step, (found, wanted) in enumerate(zip(cell["outputs"], expected, strict=True)):
             assert sorted(map(int, found)) == sorted(wanted), spec.transmission
             for request, vector in found.items():
