@@ -80,7 +80,7 @@ def device(
         num_threads=threads,
         repeats=repeats,
     )
-    with count_steps("measuring", len(job.settings)) as show:
+    with count_steps("measuring", job.num_advances) as show:
         done = itertools.count(1)
         profile = measure_device(job, lambda: show(next(done), "of a kind"))
     write_profile(output, profile)

@@ -54,7 +54,7 @@ def prepare(
 
 
 def measure_device(job: Job, advance: Callable[[], None] = lambda: None) -> DeviceProfile:
-    """Return the measured times; advance: is called after each setting.
+    """Return the measured times; advance: is called `job.num_advances` times.
 
     Raises CapacityError if the device's memory does not suffice.
     """

@@ -37,7 +37,7 @@ class Bench:
         self._cache = KvCache(card, num_requests=ranges.requests, max_tokens=most, device=device, dtype=dtype)
         self._fill_cache(ranges.requests, most)
         self._clock = clock_of(device)
-        self._turn = self._num_passes = 0  # which of the cells that share a pass are next
+        self._number = self._turn = 0  # of the pass, of the layer in all passes: which cells are next
         self.num_layers = layers
         self._batch = lru_cache(maxsize=4)(self._make_batch)
         self._pairs = lru_cache(maxsize=64)(self._make_pairs)
@@ -54,8 +54,12 @@ class Bench:
         return torch.randn(shape, generator=self._generator, device=self._device).to(self._dtype)
 
     @torch.inference_mode()
-    def run(self, setting: Setting) -> Laps:
-        """Run a pass; return the cells that were measured in it with their seconds, once for each layer."""
+    def run(self, setting: Setting, number: int) -> Laps:
+        """Run a pass; return the cells that were measured in it with their seconds, once for each layer.
+
+        number: of the pass among those of the setting; cells of an operation take turns.
+        """
+        self._number = number
         clock, decoder, tokens = self._clock, self._decoder, setting.num_tokens
         batch = self._batch(setting.attention)
         self._time_vision(setting)
@@ -65,20 +69,19 @@ class Bench:
                 hidden_TH = self._attend(setting, dense_layer, hidden_TH, batch)
                 hidden_TH = self._time_dense_ffn(setting, dense_layer, hidden_TH)
             hidden_TH = self._attend(setting, self._num_dense_layers + layer, hidden_TH, batch)
+            self._turn = number * decoder.num_layers + layer
             self._time_moe(setting, layer, hidden_TH)
-            self._turn += 1
         if cell := self._next(setting, "head"):
             last_QH = _repeated(hidden_TH, cell.at[0])
             clock.start()
             decoder.head(last_QH)
             clock.lap(cell)
-        self._num_passes += 1
         return clock.read()
 
     def _next(self, setting: Setting, op: str) -> Cell | None:
         """Return whose turn it is of an operation's cells."""
         cells = setting.others.get(op)
-        turn = self._num_passes if op in ONCE_A_PASS else self._turn
+        turn = self._number if op in ONCE_A_PASS else self._turn
         return cells[turn % len(cells)] if cells else None
 
     def _attend(self, setting: Setting, decoder_layer: int, hidden_TH: Tensor, batch: AttentionBatch) -> Tensor:

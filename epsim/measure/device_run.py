@@ -1,6 +1,7 @@
 """All passes of a device's measurement, in one process or in several at once: `measure_cells`.
 
-Several processes go through the settings together, each setting with as many passes as the slowest one has time for.
+The settings are gone through ROUNDS times, so that what disturbs the machine for a while does not meet all samples of a
+cell. Several processes do so together, each setting with as many passes as the slowest one has time for.
 """
 
 import gc
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from math import ceil
 from threading import BrokenBarrierError
 from time import perf_counter
 from typing import Any
@@ -21,6 +23,7 @@ from epsim.measure.device_plan import Cell, Setting
 from epsim.measure.ranges import Ranges
 from epsim.model import ModelCard
 
+ROUNDS = 3
 MIN_REPEATS = 5
 SETTING_S = 2.0  # what a setting may take, once each cell has MIN_REPEATS
 Samples = dict[Cell, list[float]]
@@ -40,10 +43,16 @@ class Job:
     num_threads: int
     repeats: int
 
+    @property
+    def num_advances(self) -> int:
+        """How often `advance` is called."""
+        return ROUNDS * len(self.settings)
+
 
 def measure_cells(job: Job, advance: Callable[[], None] = lambda: None) -> Samples:
-    """Return seconds of every cell, of all processes together; advance: is called after each setting (one process).
+    """Return seconds of every cell, of all processes together.
 
+    advance: is called `job.num_advances` times if there is one process.
     Raises CapacityError if the device's memory does not suffice.
     """
     num_processes = job.num_processes
@@ -106,17 +115,16 @@ def _run(job: Job, slowest: Callable[[float], float], advance: Callable[[], None
             job.card, job.ranges, device=torch.device(job.device), dtype=getattr(torch, job.dtype), wire=job.wire
         )
         gc.disable()
-        for setting in job.settings:
-            slowest(0.0)
-            bench.run(setting)  # allocates, and warms up
-            start_s = perf_counter()
-            laps = bench.run(setting)
-            longest_s = slowest(perf_counter() - start_s)
-            for _ in range(_num_passes(setting, job.repeats, bench.num_layers, longest_s) - 1):
-                laps += bench.run(setting)
-            for cell, seconds in laps:
-                samples[cell].append(seconds)
-            advance()
+        num_passes = [_time_for(setting, bench, slowest, job.repeats) for setting in job.settings]
+        for part in range(ROUNDS):
+            for setting, passes in zip(job.settings, num_passes, strict=True):
+                slowest(0.0)
+                bench.run(setting, 0)  # warms up
+                share = ceil(passes / ROUNDS)
+                for number in range(part * share, (part + 1) * share):
+                    for cell, seconds in bench.run(setting, number):
+                        samples[cell].append(seconds)
+                advance()
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"memory of {job.device} does not suffice; write e.g. --set model.num_layers=4") from error
     except RuntimeError as error:
@@ -128,8 +136,13 @@ def _run(job: Job, slowest: Callable[[float], float], advance: Callable[[], None
     return samples
 
 
-def _num_passes(setting: Setting, repeats: int, num_layers: int, pass_s: float) -> int:
+def _time_for(setting: Setting, bench: Bench, slowest: Callable[[float], float], repeats: int) -> int:
     """Return how many passes a setting gets: for all repeats if there is time, in any case for MIN_REPEATS."""
-    wanted = setting.num_passes(repeats, num_layers)
-    least = setting.num_passes(min(repeats, MIN_REPEATS), num_layers)
+    slowest(0.0)
+    bench.run(setting, 0)  # allocates
+    start_s = perf_counter()
+    bench.run(setting, 1)
+    pass_s = slowest(perf_counter() - start_s)
+    wanted = setting.num_passes(repeats, bench.num_layers)
+    least = setting.num_passes(min(repeats, MIN_REPEATS), bench.num_layers)
     return max(least, min(wanted, int(SETTING_S / max(pass_s, 1e-9))))
