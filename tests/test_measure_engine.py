@@ -26,7 +26,7 @@ SMALL = [
     "model.dense_ffn_size=24", "model.attention={kind: gqa, num_heads: 4, num_kv_heads: 2, head_dim: 8}",
     "model.compute_dtype=fp32", "model.weight_dtype_bytes=4", "model.activation_dtype_bytes=4",
     "model.kv_dtype_bytes=4",
-    "trace={kind: uniform, vision_tokens: 64, text_tokens: 9, output_tokens: 4}", "workload.batch_sizes=[5]",
+    "trace={kind: uniform, vision_tokens: 36, text_tokens: 9, output_tokens: 4}", "workload.batch_sizes=[5]",
 ]  # fmt: skip
 FP32 = ["transmission.dispatch_dtype=fp32", "transmission.combine_dtype=fp32"]
 JOB = {"kind": "run", "threads": 1, "device": "cpu", "backend": "gloo", "runs": 1, "emulated": False}

@@ -22,7 +22,14 @@ class Cell:
     @property
     def label(self) -> str:
         """The settings in one line, as people read them: last parts of paths."""
-        return ", ".join(f"{path.rsplit('.', 1)[-1]} {value}" for path, value in self.settings.items())
+        return ", ".join(f"{path.rsplit('.', 1)[-1]} {_short(value)}" for path, value in self.settings.items())
+
+
+def _short(value: Any) -> str:
+    """Return a value as text; of a section, such as a trace, what tells it from others."""
+    if isinstance(value, Mapping):
+        return str(next((value[key] for key in ("method", "kind", "policy", "mode") if key in value), value))
+    return str(value)
 
 
 def cells_of(raw: dict[str, Any], axes: Axes, dilation: float) -> list[Cell]:
