@@ -124,7 +124,8 @@ def measure_runs(
         done: dict[str, Any] = {"machine": {}, "cells": {}}
         for group, numbers in enumerate(groups.values()):
             say(f"launch {number + 1} of {options.num_launches}, network {group + 1} of {len(groups)}")
-            _launch(cells, numbers, options, run_job, done, say)
+            way = runs.network_of(cells[numbers[0]]).raw["way"] if folder is not None else "sleep"
+            _launch(cells, numbers, options, way, run_job, done, say)
         runs.launches.append(done)
         _write(runs, folder)
 
@@ -166,8 +167,9 @@ def _begin(
 
 
 def _launch(
-    cells: Sequence[Cell], numbers: list[int], options: RunOptions, run_job: RunJob, done: dict[str, Any], say: Say
-) -> None:
+    cells: Sequence[Cell], numbers: list[int], options: RunOptions, way: str, run_job: RunJob, done: dict[str, Any],
+    say: Say,
+) -> None:  # fmt: skip
     """Launch the cells of one network once and put what they did into `done`."""
 
     def hear(line: dict[str, Any]) -> None:
@@ -178,7 +180,7 @@ def _launch(
             done["machine"] = line["machine"]
 
     jobs = [{"id": number, "scenario": cells[number].spec.model_dump(mode="json", by_alias=True)} for number in numbers]
-    job = options.job("run", cells=jobs, runs=options.num_runs, emulated=options.emulated, way=options.way or "sleep")
+    job = options.job("run", cells=jobs, runs=options.num_runs, emulated=options.emulated, way=way)
     cluster = build_cluster(cells[numbers[0]].spec.cluster.model_dump())
     run_job(cluster, job, hear)
 
