@@ -37,10 +37,11 @@ def _add_hosts(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> None:
 
 def _add_experts(b: GraphBuilder, plan: StepPlan, layer_LR: Ints, device_LR: Ints) -> list[Ints]:
     """Add what a device computes between a front and the next: shared experts, if they overlap, and the routed ones."""
+    experts_s_LR = plan.experts_s_LR + plan.experts_copy_s_LR
     if not plan.overlap_shared:
-        return [b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, plan.experts_s_LR + plan.shared_s_LR)]
+        return [b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, experts_s_LR + plan.shared_s_LR)]
     shared_LR = b.compute(Work.SHARED, layer_LR, device_LR, device_LR, plan.shared_s_LR)
-    return [shared_LR, b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, plan.experts_s_LR)]
+    return [shared_LR, b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, experts_s_LR)]
 
 
 def _add_sync(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
@@ -81,10 +82,9 @@ def _add_async(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, 
     b.edge(starts_LR[:-1], local_LR)
     b.edge(local_LR, starts_LR[1:])
     index, delivery = _add_dispatch(b, plan, starts_LR[:-1])
-    layer, chunk, source, destination = index
-    remote = b.compute(
-        Work.REMOTE_EXPERTS, layer, destination, source, plan.remote_s_LCRR[layer, chunk, source, destination]
-    )
+    layer, _, source, destination = index
+    remote_s = plan.remote_s_LCRR[index] + plan.arrival_s_LCRR[index]
+    remote = b.compute(Work.REMOTE_EXPERTS, layer, destination, source, remote_s)
     b.edge(delivery, remote)
     b.edge(local_LR[layer, destination], remote)
     b.edge(remote, starts_LR[layer + 1, destination])

@@ -66,7 +66,7 @@ def _compute_slices(execution: Execution, task: int, offset_s: float) -> list[Sl
     if work == Work.HOST:
         return [Slice(device=origin, track="host", name="host", start_s=start_s, end_s=end_s, layer=layer)]
     slices = []
-    name, first_s = _first_part(execution.plan, work, layer, device)
+    name, first_s = _first_part(execution.plan, work, int(graph.batch_N[task]), layer, device)
     if first_s > 0:
         done_s = start_s + first_s
         slices.append(Slice(device=device, track="compute", name=name, start_s=start_s, end_s=done_s, layer=layer))
@@ -80,10 +80,10 @@ def _compute_slices(execution: Execution, task: int, offset_s: float) -> list[Sl
     return [*slices, last]
 
 
-def _first_part(plan: StepPlan, work: Work, layer: int, device: int) -> tuple[str, float]:
+def _first_part(plan: StepPlan, work: Work, batch: int, layer: int, device: int) -> tuple[str, float]:
     """Return what a task does before what it is named after, and how long."""
-    if work == Work.EXPERTS and plan.mode == "async":
-        return "copy", float(plan.copy_s_LR[layer, device])
+    if work == Work.EXPERTS:
+        return "copy", float(plan.batches[batch].experts_copy_s_LR[layer, device])
     if work == Work.HEAD:
         return "reduce", float(plan.tail_s_R[device] - plan.head_s_R[device])
     return "", 0.0

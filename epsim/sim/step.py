@@ -37,8 +37,9 @@ class StepPlan:
     (tensor and data parallelism). shared_s_LR: shared experts, at the home. host_s_LR: the least time from the start of
     a layer (of the first: with the vision encoder) to the start of the next, in which the host launches it.
     copy_s_LR: what transfers take from the compute of a home in mode async, before its local experts.
-    pack_s_LR: gathering the vectors that a home sends, between its router and the dispatch. reduce_s_LR: adding up
-    those that came back, before the next layer or the head.
+    pack_s_LR: making the messages that a home sends, between its router and the dispatch. reduce_s_LR: adding up what
+    came back, before the next layer or the head. serve_s_LCRR[:, c, s, d]: what the arrival of chunk c of s takes d
+    beside its experts, directly before them (None: nothing).
     experts_s_LR: routed experts of a device in one kernel (sync, two_batch). local_s_LR: those for its own tokens, and
     remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
     dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the
@@ -80,6 +81,7 @@ class StepPlan:
     second: "StepPlan | None" = None
     connections: Connections = "flow"
     barriers: Barriers = "all"
+    serve_s_LCRR: Floats | None = None
 
     def __post_init__(self) -> None:
         num_layers, num_chunks, num_devices, _ = self.dispatch_bytes_LCRR.shape
@@ -131,6 +133,16 @@ class StepPlan:
         """What a device computes behind the last layer: the sums of all micro-batches, and the head."""
         return np.asarray(self.head_s_R + sum(batch.reduce_s_LR[-1] for batch in self.batches), dtype=np.float64)
 
+    @property
+    def arrival_s_LCRR(self) -> Floats:
+        """What each arrival takes a device beside its experts."""
+        return np.zeros_like(self.remote_s_LCRR) if self.serve_s_LCRR is None else self.serve_s_LCRR
+
+    @property
+    def experts_copy_s_LR(self) -> Floats:
+        """What a device does directly before its experts: for all arrivals; in mode async, local experts, copies."""
+        return self.copy_s_LR if self.mode == "async" else np.asarray(self.arrival_s_LCRR.sum(axis=(1, 2)))
+
     def via_gateway(self, source: npt.NDArray[np.intp], destination: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Whether the messages of these pairs go through a gateway."""
         if self.gateway_RN is None:
@@ -139,7 +151,7 @@ class StepPlan:
 
     def compute_s_PR(self) -> Floats:
         """Seconds that each device computes for each of COMPUTE_PARTS, [7, R]."""
-        copy_s_R = self.pack_s_LR.sum(axis=0) + self.reduce_s_LR.sum(axis=0)
+        copy_s_R = self.pack_s_LR.sum(axis=0) + self.reduce_s_LR.sum(axis=0) + self.arrival_s_LCRR.sum(axis=(0, 1, 2))
         experts_s_R = self.experts_s_LR.sum(axis=0)
         if self.mode == "async":
             experts_s_R = self.local_s_LR.sum(axis=0) + self.remote_s_LCRR.sum(axis=(0, 1, 2))
