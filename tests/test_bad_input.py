@@ -226,6 +226,10 @@ VALUES = {
     'burst (of the link "ethernet orin0->orin1"); write event',
     "transmission.barriers=own simulation.fidelity=analytic": 'simulation.fidelity: "analytic" has no formula for '
     "transmission.barriers: own; write event",
+    "cluster.device_types.orin.messaging={send: 1 us}": "cluster.device_types.orin.messaging.send: is not a known "
+    "field; known are background_bandwidth, receive_overhead, send_bandwidth, send_overhead",
+    "cluster.device_types.orin.messaging.send_overhead=1us simulation.fidelity=analytic": 'simulation.fidelity: '
+    '"analytic" has no formula for messaging.send_overhead (of the device orin0); write event',
     "transmission.barriers=none": 'transmission.barriers: "none" is not known; write all or own',
     "transmission.connections=rank": 'transmission.connections: "rank" is not known; write flow or pair',
     "cluster.links[0].latency=.nan": 'cluster.links[0].latency: nan is not a time; write e.g. "5 us"',

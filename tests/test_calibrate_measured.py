@@ -292,6 +292,30 @@ def test_fields_of_a_cluster_are_read_and_written() -> None:
     assert staging.parse(staging.format(5e8 / 3)) == 5e8 / 3
 
 
+@pytest.mark.parametrize(
+    ("path", "default", "text", "value"),
+    [
+        ("device_types.d.messaging.send_overhead", None, "40 us", 40e-6),
+        ("device_types.d.messaging.send_bandwidth", None, "4 GB/s", 4e9),
+        ("device_types.d.messaging.background_bandwidth", None, "8 GB/s", 8e9),
+        ("device_types.d.step_overhead", 0.0, "1 ms", 1e-3),
+        ("links[wire].burst", 0.0, "64 KiB", 65536.0),
+        ("links[wire].message_header", 0.0, "0 B", 0.0),
+        ("links[wire].ack_overhead", 0.0, 0.02, 0.02),
+    ],
+)
+def test_terms_of_a_transport_are_fields_that_can_be_fitted(
+    path: str, default: float | None, text: str | float, value: float
+) -> None:
+    cluster = ClusterSpec.model_validate(CLUSTER).model_dump()
+    field = ClusterField(path=f"cluster.{path}")
+    assert field.read(cluster) == default
+    assert field.parse(text) == value
+    assert field.format(value) == text
+    field.write(cluster, value)
+    assert field.read(cluster) == value
+
+
 @pytest.mark.parametrize("field", ["cluster.device_types[d].layer_overhead", "cluster.device_types.d.layer_overhead"])
 def test_a_device_type_is_known_by_either_spelling(field: str) -> None:
     parameter = Parameter(field=field, low=0.0, high=1.0, log=False, reason="a test")

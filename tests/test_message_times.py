@@ -44,7 +44,7 @@ def test_what_is_done_around_messages_lengthens_a_step(mode: Any, dedup: Any, ve
     plan = planner(mode, dedup, cluster, measured(cluster)).plan([counts], traffic, nothing_RR)
     assert plan.pack_s_LR.tolist() == [[0.75 + 0.25 * n, 0] for n in vectors]
     assert plan.reduce_s_LR.tolist() == [[1.5 + 0.5 * n, 0] for n in vectors]
-    assert plan.arrival_s_LCRR[:, 0].tolist() == [[[0, 1 + 0.5 * n], [0, 0]] for n in vectors]
+    assert plan.served_s_LCRR[:, 0].tolist() == [[[0, 1 + 0.5 * n], [0, 0]] for n in vectors]
     # Attention of a dense and a MoE layer, then of a MoE layer: 103 s each. Router 2, dense FFN 20, head 8 s.
     assert plan.front_s_LR[:, 0].tolist() == [
         206.0 + 20 + 2 + 0.75 + 0.25 * vectors[0],
@@ -61,7 +61,7 @@ def test_what_is_done_around_messages_lengthens_a_step(mode: Any, dedup: Any, ve
         assert not least.parts_s_PR[COPY].any()
     roofline = RooflineCost(tiny_model(), cluster)
     plan = planner(mode, dedup, cluster, roofline).plan([counts], traffic, nothing_RR)
-    assert not any(times.any() for times in (plan.pack_s_LR, plan.reduce_s_LR, plan.arrival_s_LCRR))
+    assert not any(times.any() for times in (plan.pack_s_LR, plan.reduce_s_LR, plan.served_s_LCRR))
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_each_message_is_counted_for_itself(
     )
     assert plan.pack_s_LR.tolist() == [[pack_s, 0, 0, 0]] * 2
     assert plan.reduce_s_LR.tolist() == [[reduce_s, 0, 0, 0]] * 2
-    assert plan.arrival_s_LCRR[:, :, 0].tolist() == [[[0, 0, s, s] for s in serve_s]] * 2
-    assert not plan.arrival_s_LCRR[:, :, 1:].any()
+    assert plan.served_s_LCRR[:, :, 0].tolist() == [[[0, 0, s, s] for s in serve_s]] * 2
+    assert not plan.served_s_LCRR[:, :, 1:].any()

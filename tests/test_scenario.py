@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from epsim import cli
+from epsim.cluster import build_cluster
 from epsim.errors import ScenarioError
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario, load_raw, load_scenario, scenario_schema
 from epsim.scenario.load import preset_names
@@ -82,6 +83,21 @@ def test_sizes_that_may_be_zero_are_shown_and_read_again(minimal: Path) -> None:
     minimal.write_text(yaml.safe_dump(shown(spec)))
     assert load_scenario(minimal) == spec
     assert spec.cluster.links[0].burst == 65536
+
+
+def test_messaging_is_shown_and_read_again(minimal: Path) -> None:
+    orin = "cluster.device_types.orin"
+    settings = [f"{orin}.messaging.send_overhead=40 us", f"{orin}.messaging.background_bandwidth=8 GB/s"]
+    spec = load_scenario(minimal, [*settings, f"{orin}.step_overhead=1 ms"])
+    device = shown(spec)["cluster"]["device_types"]["orin"]
+    assert device["messaging"] == {
+        "send_overhead": "40 us", "send_bandwidth": None, "receive_overhead": "0 s", "background_bandwidth": "8 GB/s",
+    }  # fmt: skip
+    minimal.write_text(yaml.safe_dump(shown(spec)))
+    assert load_scenario(minimal) == spec
+    built = build_cluster(spec.cluster.model_dump()).devices[0]
+    assert (built.send_overhead_s, built.send_bytes_per_s, built.background_bytes_per_s) == (40e-6, None, 8e9)
+    assert (built.receive_overhead_s, built.step_overhead_s) == (0.0, 1e-3)
 
 
 @pytest.mark.parametrize("section", ["model", "cluster"])
@@ -355,7 +371,7 @@ def test_every_field_of_a_scenario_is_documented() -> None:
     for part in ("ModelSpec", "ClusterSpec"):  # docs/models.md and docs/clusters.md
         schema["$defs"].pop(part)
     elsewhere = [name for name in schema["$defs"] if name.startswith(("Mha", "Gqa", "Mla", "Moe", "Vision"))]
-    elsewhere += ["StagingSpec", "DeviceTypeSpec", "VertexSpec", "DeviceSpec", "LinkSpec"]
+    elsewhere += ["StagingSpec", "MessagingSpec", "DeviceTypeSpec", "VertexSpec", "DeviceSpec", "LinkSpec"]
     for name in elsewhere:
         schema["$defs"].pop(name)
     missing = {name for name in field_names(schema) if not re.search(rf"\b{name}\b", text)}

@@ -50,6 +50,7 @@ def _expanded(
 
 def _device(entry: Mapping[str, Any], names: Mapping[str, str], type_spec: Mapping[str, Any]) -> Device:
     staging = type_spec["staging"]
+    messaging = type_spec["messaging"] or {}
     return Device(
         name=names["name"],
         node=names["node"],
@@ -69,6 +70,11 @@ def _device(entry: Mapping[str, Any], names: Mapping[str, str], type_spec: Mappi
         transfer_overlap_frac=type_spec["transfer_overlap"],
         staging_bytes_per_s=staging["bandwidth"] if staging else None,
         staging_message_overhead_s=staging["message_overhead"] if staging else 0.0,
+        step_overhead_s=type_spec["step_overhead"],
+        send_overhead_s=messaging.get("send_overhead", 0.0),
+        send_bytes_per_s=messaging.get("send_bandwidth"),
+        receive_overhead_s=messaging.get("receive_overhead", 0.0),
+        background_bytes_per_s=messaging.get("background_bandwidth"),
     )
 
 

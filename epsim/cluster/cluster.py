@@ -47,6 +47,11 @@ class Device:
         staging_bytes_per_s: Bandwidth of the copy between device and host that every message of this device
             takes, or None where the network reaches device memory itself.
         staging_message_overhead_s: Time per message of that copy.
+        step_overhead_s: Time at the end of every step in which the device waits for its host.
+        send_overhead_s, send_bytes_per_s: Compute time before each message that the device sends, per message and
+            by its bytes (None: no time). receive_overhead_s: per message that it receives.
+        background_bytes_per_s: In modes async and two_batch, every byte sent or received takes 1 / this from the
+            device's compute (None: nothing).
 
     Raises:
         ClusterError: A number is out of its range or "bf16" is missing.
@@ -70,6 +75,11 @@ class Device:
     transfer_overlap_frac: float
     staging_bytes_per_s: float | None
     staging_message_overhead_s: float
+    step_overhead_s: float = 0.0
+    send_overhead_s: float = 0.0
+    send_bytes_per_s: float | None = None
+    receive_overhead_s: float = 0.0
+    background_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         path = f"device {self.name}"
@@ -84,10 +94,12 @@ class Device:
         for name in ("efficiency_exponent", "transfer_overlap_frac"):
             share = getattr(self, name)
             _require(0 <= share <= 1, f"{path}.{name}", share, "must be from 0 to 1")
-        overheads = ("launch_overhead_s", "layer_overhead_s", "request_overhead_s", "expert_overhead_s")
-        _require_at_least_0(self, path, (*overheads, "barrier_slowdown_frac", "staging_message_overhead_s"))
-        staging = self.staging_bytes_per_s
-        _require(staging is None or staging > 0, f"{path}.staging_bytes_per_s", staging, "must be above 0")
+        overheads = ["launch_overhead_s", "layer_overhead_s", "request_overhead_s", "expert_overhead_s"]
+        overheads += ["step_overhead_s", "send_overhead_s", "receive_overhead_s", "staging_message_overhead_s"]
+        _require_at_least_0(self, path, [*overheads, "barrier_slowdown_frac"])
+        for name in ("staging_bytes_per_s", "send_bytes_per_s", "background_bytes_per_s"):
+            rate = getattr(self, name)
+            _require(rate is None or rate > 0, f"{path}.{name}", rate, "must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

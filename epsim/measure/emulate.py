@@ -67,7 +67,9 @@ class _Waits:
     def of(cls, plan: StepPlan, rank: int) -> Self:
         batches = plan.batches
         together = [
-            batch.experts_copy_s_LR + batch.experts_s_LR + (0 if batch.overlap_shared else batch.shared_s_LR)
+            batch.experts_s_LR
+            + batch.served_s_LCRR.sum(axis=(1, 2))
+            + (0 if batch.overlap_shared else batch.shared_s_LR)
             for batch in batches
         ]
         local_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
@@ -76,7 +78,7 @@ class _Waits:
             shared_BL=[batch.shared_s_LR[:, rank].tolist() for batch in batches],
             experts_BL=[times_LR[:, rank].tolist() for times_LR in together],
             local_L=local_LR[:, rank].tolist(),
-            remote_LCR=(plan.remote_s_LCRR + plan.arrival_s_LCRR)[:, :, :, rank].tolist(),
+            remote_LCR=(plan.remote_s_LCRR + plan.served_s_LCRR)[:, :, :, rank].tolist(),
             head_s=float(plan.head_s_R[rank]),
         )
 

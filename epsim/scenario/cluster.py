@@ -44,6 +44,15 @@ class StagingSpec(StrictModel):
     message_overhead: Time = 0.0
 
 
+class MessagingSpec(StrictModel):
+    """What messages take from a device's compute: before each that it sends, for each it receives, for every byte."""
+
+    send_overhead: Time = 0.0
+    send_bandwidth: Rate | None = None
+    receive_overhead: Time = 0.0
+    background_bandwidth: Rate | None = None
+
+
 class DeviceTypeSpec(StrictModel):
     """What devices of one type have in common: data-sheet peaks, the parts of them that are reached, host overheads."""
 
@@ -60,6 +69,8 @@ class DeviceTypeSpec(StrictModel):
     expert_overhead: Time = 0.0
     barrier_slowdown: Annotated[float, Field(ge=0, le=10)] = 0.0
     transfer_overlap: Share = 1.0
+    step_overhead: Time = 0.0
+    messaging: MessagingSpec | None = None
     staging: StagingSpec | None = None
     profile: _Name | None = None
 

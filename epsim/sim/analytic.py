@@ -23,6 +23,11 @@ def check_closed_form(cluster: Cluster, barriers: Barriers) -> None:
         for field, value in (("burst", link.burst_bytes), ("ack_overhead", link.ack_overhead_frac)):
             if value > 0:
                 _refuse(f'{field} (of the link "{link.name}")')
+    for device in cluster.devices:
+        costs = {"send_overhead": device.send_overhead_s, "send_bandwidth": device.send_bytes_per_s}
+        for field, cost in {**costs, "receive_overhead": device.receive_overhead_s}.items():
+            if cost:
+                _refuse(f"messaging.{field} (of the device {device.name})")
     if barriers == "own":
         _refuse("transmission.barriers: own")
 
@@ -34,6 +39,8 @@ def _refuse(what: str) -> NoReturn:
 def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
     """Return the step's times by the closed form; a ScenarioError says what it does not know."""
     check_closed_form(cluster, plan.barriers)
+    if plan.message_costs is not None:
+        _refuse("what messages cost the devices")
     network = _network(plan, cluster)
     exchange = tuple(
         np.concatenate([_by_flow(getattr(batch, name)) for batch in plan.batches], axis=2)
@@ -82,7 +89,7 @@ def _recursion(plan: StepPlan, exchange: tuple[Floats, ...], network: Network) -
     times: tuple[Floats, ...]
     if plan.mode == "async":
         local_s_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
-        remote_s_LFC = _by_flow(plan.remote_s_LCRR + plan.arrival_s_LCRR)
+        remote_s_LFC = _by_flow(plan.remote_s_LCRR + plan.served_s_LCRR)
         times = asynchronous(plan.front_s_LR, plan.host_s_LR, local_s_LR, remote_s_LFC, exchange, network)
     elif plan.mode == "sync":
         times = sync(plan.front_s_LR, plan.host_s_LR, overlapped[0], experts[0], exchange, network)

@@ -14,7 +14,7 @@ from epsim.sim.task_graph import Floats, GraphBuilder, Ints, TaskGraph, Work
 
 def build_graph(plan: StepPlan) -> TaskGraph:
     """Return the task graph of a step, in its mode."""
-    b = GraphBuilder(plan.num_devices)
+    b = GraphBuilder(plan.num_devices, plan.message_costs)
     layer_LR, device_LR = np.indices((plan.num_layers, plan.num_devices))
     fronts_LR = b.compute(Work.FRONT, layer_LR, device_LR, device_LR, plan.front_s_LR)
     device_R = device_LR[0]
@@ -37,17 +37,18 @@ def _add_hosts(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> None:
 
 def _add_experts(b: GraphBuilder, plan: StepPlan, layer_LR: Ints, device_LR: Ints) -> list[Ints]:
     """Add what a device computes between a front and the next: shared experts, if they overlap, and the routed ones."""
-    experts_s_LR = plan.experts_s_LR + plan.experts_copy_s_LR
     if not plan.overlap_shared:
-        return [b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, experts_s_LR + plan.shared_s_LR)]
+        experts_s_LR = plan.experts_s_LR + plan.shared_s_LR + plan.experts_copy_s_LR
+        return [b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, experts_s_LR)]
     shared_LR = b.compute(Work.SHARED, layer_LR, device_LR, device_LR, plan.shared_s_LR)
+    experts_s_LR = plan.experts_s_LR + plan.experts_copy_s_LR
     return [shared_LR, b.compute(Work.EXPERTS, layer_LR, device_LR, device_LR, experts_s_LR)]
 
 
 def _add_sync(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
     """Barriers between attention, dispatch, experts and combine of every layer, as collectives make them."""
     layers, devices = np.indices((plan.num_layers, plan.num_devices))
-    _add_kv(b, plan, starts_LR[:-1], starts_LR[-1])
+    kv = _add_kv(b, plan, starts_LR[:-1], starts_LR[-1])
     barriers_LX = b.barriers(np.indices((plan.num_layers, 4))[0])
     after_front, after_dispatch, after_experts, after_combine = barriers_LX.T
     between = _add_experts(b, plan, layers, devices)
@@ -60,9 +61,11 @@ def _add_sync(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, I
     b.edge(experts_LR, after_experts[:, None])
     b.edge(after_experts, after_combine)
     b.edge(after_combine[:, None], starts_LR[1:])
-    index, delivery = _add_dispatch(b, plan, np.broadcast_to(after_front[:, None], starts_LR[:-1].shape))
+    _send_kv(b, plan, kv, between[0])
+    ready_LR = np.broadcast_to(after_front[:, None], starts_LR[:-1].shape)
+    index, delivery = _add_dispatch(b, plan, ready_LR, between[0], starts_LR[1:])
     b.edge(delivery, after_dispatch[index[0]])
-    returned_layer, _, returned = _add_combine(b, plan, index, after_experts[index[0]])
+    returned_layer, _, returned = _add_combine(b, plan, index, after_experts[index[0]], starts_LR[1:], starts_LR[1:])
     b.edge(returned, after_combine[returned_layer])
     return np.stack([starts_LR[:-1], *between], axis=1), barriers_LX
 
@@ -76,19 +79,20 @@ def _chain(b: GraphBuilder, tasks: list[Ints]) -> None:
 def _add_async(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, Ints]:
     """No barrier: local experts at once, remote tokens as they arrive, results home as they are ready."""
     layers, devices = np.indices((plan.num_layers, plan.num_devices))
-    _add_kv(b, plan, starts_LR[:-1], starts_LR[-1])
+    kv = _add_kv(b, plan, starts_LR[:-1], starts_LR[-1])
     local_s_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
     local_LR = b.compute(Work.EXPERTS, layers, devices, devices, local_s_LR)
     b.edge(starts_LR[:-1], local_LR)
     b.edge(local_LR, starts_LR[1:])
-    index, delivery = _add_dispatch(b, plan, starts_LR[:-1])
+    _send_kv(b, plan, kv, local_LR)
+    index, delivery = _add_dispatch(b, plan, starts_LR[:-1], local_LR, starts_LR[1:])
     layer, _, source, destination = index
-    remote_s = plan.remote_s_LCRR[index] + plan.arrival_s_LCRR[index]
+    remote_s = plan.remote_s_LCRR[index] + plan.receive_s_R[destination] + plan.served_s_LCRR[index]
     remote = b.compute(Work.REMOTE_EXPERTS, layer, destination, source, remote_s)
     b.edge(delivery, remote)
     b.edge(local_LR[layer, destination], remote)
     b.edge(remote, starts_LR[layer + 1, destination])
-    returned_layer, home, returned = _add_combine(b, plan, index, remote)
+    returned_layer, home, returned = _add_combine(b, plan, index, remote, starts_LR[1:], starts_LR[1:])
     b.edge(returned, starts_LR[returned_layer + 1, home])
     return np.stack([starts_LR[:-1], local_LR], axis=1), np.zeros((0, 4), dtype=np.int64)
 
@@ -106,7 +110,7 @@ def _add_turns(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, 
             second_LR = b.compute(Work.FRONT, layers, devices, devices, plan.second.front_s_LR)
         starts.append(np.concatenate((second_LR, starts_LR[-1:])))
     fronts = [starts_of_batch[:-1] for starts_of_batch in starts]
-    _add_kv(b, plan, fronts[-1], starts_LR[-1])
+    kv = _add_kv(b, plan, fronts[-1], starts_LR[-1])
     shared, experts = [], []
     for number, part in enumerate(plan.batches):
         with b.micro_batch(number):
@@ -117,18 +121,31 @@ def _add_turns(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, 
     program = [*turns, *experts]
     _chain(b, program)
     b.edge(program[-1], starts_LR[1:])
+
+    def following(task_LR: Ints) -> Ints:
+        """Return what a device does after this task of its program."""
+        place = next(place for place, other_LR in enumerate(program) if other_LR is task_LR)
+        return [*program, starts_LR[1:]][place + 1]
+
     for number, part in enumerate(plan.batches):
         with b.micro_batch(number):
-            index, delivery = _add_dispatch(b, part, fronts[number])
-            b.edge(delivery, experts[number][index[0], index[3]])
-            layer, home, returned = _add_combine(b, part, index, experts[number][index[0], index[3]])
+            own, relayed = following(fronts[number]), starts[number][1:]
+            if number == len(fronts) - 1:
+                _send_kv(b, plan, kv, own)
+            index, delivery = _add_dispatch(b, part, fronts[number], own, relayed)
+            done = experts[number][index[0], index[3]]
+            b.edge(delivery, done)
+            layer, home, returned = _add_combine(b, part, index, done, following(experts[number]), relayed)
             b.edge(returned, starts[number][layer + 1, home])
     return np.stack(program, axis=1), np.zeros((0, 4), dtype=np.int64)
 
 
-def _add_dispatch(b: GraphBuilder, plan: StepPlan, ready_LR: Ints) -> tuple[tuple[Ints, ...], Ints]:
+def _add_dispatch(
+    b: GraphBuilder, plan: StepPlan, ready_LR: Ints, after_LR: Ints, relayed_LR: Ints
+) -> tuple[tuple[Ints, ...], Ints]:
     """Add the dispatch messages, each after ready_LR[layer, source].
 
+    after_LR, relayed_LR: what a device does after it has sent its tokens, and those that it passed on.
     Returns the (layer, chunk, source, destination) of every pair with traffic and, for each, the message that delivers.
     """
     index = tuple(i.astype(np.int64) for i in np.nonzero(plan.dispatch_bytes_LCRR))
@@ -138,16 +155,19 @@ def _add_dispatch(b: GraphBuilder, plan: StepPlan, ready_LR: Ints) -> tuple[tupl
     near = tuple(i[~far] for i in index)
     direct = b.message(Work.DISPATCH, near[0], near[2], near[3], near[2], plan.dispatch_bytes_LCRR[near])
     b.edge(ready_LR[near[0], near[2]], direct)
+    b.send(direct, near[1], after_LR[near[0], near[2]])
     delivery[~far] = direct
     if plan.gateway_RN is not None:
-        layer_n, source_n, sent, at_gateway = _add_node_messages(b, plan, Work.DISPATCH, plan.node_dispatch_bytes_LCRN)
+        layer_n, source_n, sent, at_gateway = _add_node_messages(
+            b, plan, Work.DISPATCH, plan.node_dispatch_bytes_LCRN, after_LR
+        )
         b.edge(ready_LR[layer_n, source_n], sent)
         far_index = tuple(i[far] for i in index)
-        delivery[far] = _forward(b, plan, far_index, at_gateway)
+        delivery[far] = _forward(b, plan, far_index, at_gateway, relayed_LR)
     return index, delivery
 
 
-def _forward(b: GraphBuilder, plan: StepPlan, index: tuple[Ints, ...], at_gateway_LCRN: Ints) -> Ints:
+def _forward(b: GraphBuilder, plan: StepPlan, index: tuple[Ints, ...], at_gateway_LCRN: Ints, relayed_LR: Ints) -> Ints:
     """Add the messages from a gateway to the devices of its node; the gateway's own tokens are there already."""
     assert plan.gateway_RN is not None
     layer, chunk, source, destination = index
@@ -160,12 +180,13 @@ def _forward(b: GraphBuilder, plan: StepPlan, index: tuple[Ints, ...], at_gatewa
         plan.dispatch_bytes_LCRR[index][onward],
     )  # fmt: skip
     b.edge(delivery[onward], sent)
+    b.send(sent, chunk[onward], relayed_LR[layer[onward], gateway[onward]])
     delivery[onward] = sent
     return delivery
 
 
 def _add_node_messages(
-    b: GraphBuilder, plan: StepPlan, work: Work, bytes_LCRN: Floats
+    b: GraphBuilder, plan: StepPlan, work: Work, bytes_LCRN: Floats, after_LR: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """Add a message per (layer, chunk, home, node) with bytes, between home and gateway.
 
@@ -176,14 +197,18 @@ def _add_node_messages(
     gateway = plan.gateway_RN[home, node].astype(np.int64)
     source, destination = (home, gateway) if work == Work.DISPATCH else (gateway, home)
     ids = b.message(work, layer, source, destination, home, bytes_LCRN[layer, chunk, home, node])
+    b.send(ids, chunk, after_LR[layer, source])
     ids_LCRN = np.full(bytes_LCRN.shape, -1, dtype=np.int64)
     ids_LCRN[layer, chunk, home, node] = ids
     return layer, home, ids, ids_LCRN
 
 
-def _add_combine(b: GraphBuilder, plan: StepPlan, index: tuple[Ints, ...], done: Ints) -> tuple[Ints, Ints, Ints]:
+def _add_combine(
+    b: GraphBuilder, plan: StepPlan, index: tuple[Ints, ...], done: Ints, after_LR: Ints, relayed_LR: Ints
+) -> tuple[Ints, Ints, Ints]:
     """Add the messages that bring results home, each after its `done` task.
 
+    after_LR, relayed_LR: what a device does after it has sent its results, and as a gateway those of others.
     Returns layer, home and id of every message that arrives at a home.
     """
     layer, chunk, home, device = index
@@ -191,9 +216,12 @@ def _add_combine(b: GraphBuilder, plan: StepPlan, index: tuple[Ints, ...], done:
     near = tuple(i[~far] for i in index)
     direct = b.message(Work.COMBINE, near[0], near[3], near[2], near[2], plan.combine_bytes_LCRR[near])
     b.edge(done[~far], direct)
+    b.send(direct, near[1], after_LR[near[0], near[3]])
     if plan.gateway_RN is None:
         return near[0], near[2], direct
-    layer_n, home_n, arrived, reduced_LCRN = _add_node_messages(b, plan, Work.COMBINE, plan.node_combine_bytes_LCRN)
+    layer_n, home_n, arrived, reduced_LCRN = _add_node_messages(
+        b, plan, Work.COMBINE, plan.node_combine_bytes_LCRN, relayed_LR
+    )
     layer, chunk, home, device = (i[far] for i in index)
     node = plan.node_of_device_R[device]
     gateway = plan.gateway_RN[home, node]
@@ -204,13 +232,17 @@ def _add_combine(b: GraphBuilder, plan: StepPlan, index: tuple[Ints, ...], done:
         plan.combine_bytes_LCRR[tuple(i[far][inward] for i in index)],
     )  # fmt: skip
     b.edge(done[far][inward], gathered)
+    b.send(gathered, chunk[inward], after_LR[layer[inward], device[inward]])
     b.edge(gathered, last[inward])
     b.edge(done[far][~inward], last[~inward])
     return np.append(near[0], layer_n), np.append(near[2], home_n), np.append(direct, arrived)
 
 
-def _add_kv(b: GraphBuilder, plan: StepPlan, fronts_LR: Ints, heads_R: Ints) -> None:
-    """KV caches: layer by layer when its front is done, or all of a device's when it is done."""
+def _add_kv(b: GraphBuilder, plan: StepPlan, fronts_LR: Ints, heads_R: Ints) -> tuple[Ints, Ints, Ints]:
+    """KV caches: layer by layer when its front is done, or all of a device's when it is done.
+
+    Returns layer, source and id of each message.
+    """
     if plan.overlap_kv:
         layer, source, destination = (i.astype(np.int64) for i in np.nonzero(plan.kv_bytes_LRR))
         num_bytes = plan.kv_bytes_LRR[layer, source, destination]
@@ -223,4 +255,12 @@ def _add_kv(b: GraphBuilder, plan: StepPlan, fronts_LR: Ints, heads_R: Ints) -> 
             total_RR[source, destination],
             heads_R[source],
         )
-    b.edge(before, b.message(Work.KV, layer, source, destination, source, num_bytes))
+    sent = b.message(Work.KV, layer, source, destination, source, num_bytes)
+    b.edge(before, sent)
+    return layer, source, sent
+
+
+def _send_kv(b: GraphBuilder, plan: StepPlan, kv: tuple[Ints, Ints, Ints], after_LR: Ints) -> None:
+    """after_LR: what a device does after it has sent the KV cache of a layer, if it sends it then."""
+    layer, source, sent = kv
+    b.send(sent, 0, after_LR[layer, source] if plan.overlap_kv else -1)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from epsim.cluster import Cluster
 from epsim.cost import Cost, HomeWork
 from epsim.model import ModelCard
+from epsim.sim.messaging import MessageCosts, background_s_per_byte_R
 from epsim.sim.step import Barriers, Connections, Floats, Mode, StepPlan
 from epsim.traffic import Counts, Dedup, MessageFormat, StepTraffic
 
@@ -45,6 +46,9 @@ class StepPlanner:
         if transmission.mode == "sync":
             self._barrier_factor_R += [device.barrier_slowdown_frac for device in cluster.devices]
         self._copy_time = _CopyTime(cluster) if transmission.mode == "async" else None
+        self._message_costs = MessageCosts.of(cluster)
+        self._background_s_per_byte_R = background_s_per_byte_R(cluster)
+        self._step_s_R = np.array([device.step_overhead_s for device in cluster.devices])
         self._gateway_RN = None
         if transmission.dedup == "node":
             gateways = [[cluster.gateway(r, n) for n in range(cluster.num_nodes)] for r in range(cluster.num_devices)]
@@ -64,7 +68,7 @@ class StepPlanner:
     def _plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
         messages, num_layers = self._messages(traffic), traffic.pairs_LCRR.shape[0]
         takes_part_R = (work.tokens_R > 0) | traffic.device_pairs_LR.any(axis=0)
-        return StepPlan(
+        plan = StepPlan(
             mode=self._transmission.mode,
             **self._home_times(work, num_layers),
             host_s_LR=self._host_s_LR(num_layers) * takes_part_R,
@@ -80,7 +84,12 @@ class StepPlanner:
             connections=self._transmission.connections,
             barriers=self._transmission.barriers,
             second=None,
+            message_costs=self._message_costs,
+            step_s_R=self._step_s_R,
         )
+        if self._transmission.mode == "sync" or not self._background_s_per_byte_R.any():
+            return plan
+        return replace(plan, copy_s_LR=plan.copy_s_LR + plan.moved_bytes_LR * self._background_s_per_byte_R)
 
     def served_pairs_LR(self, traffic: StepTraffic) -> Counts:
         """Return the routed pairs that each device serves, [L, R]."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from epsim.cluster import Cluster
 from epsim.cost import Cost, HomeWork
 from epsim.model import ModelCard
+from epsim.sim.messaging import MessageCosts
 from epsim.sim.step import Floats, StepPlan
 from epsim.traffic import Counts, StepTraffic
 
@@ -39,6 +40,8 @@ class ReplicaPlanner:
         self._node_of_device_R = cluster.node_of_device_R.astype(np.int32)
         self._leader_R = np.arange(cluster.num_devices) // group_size * group_size
         self._plan_layers = 1 if group_size == 1 else 2  # per layer of the model
+        self._message_costs = MessageCosts.of(cluster)
+        self._step_s_R = np.array([device.step_overhead_s for device in cluster.devices])
         self._barrier_factor_R = np.ones(cluster.num_devices)
         if group_size > 1:
             self._barrier_factor_R += [device.barrier_slowdown_frac for device in cluster.devices]
@@ -78,6 +81,8 @@ class ReplicaPlanner:
             overlap_kv=False,
             overlap_shared=False,
             second=None,
+            message_costs=self._message_costs,
+            step_s_R=self._step_s_R,
         )
 
     def served_pairs_LR(self, traffic: StepTraffic) -> Counts:

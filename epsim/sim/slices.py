@@ -21,6 +21,8 @@ _NAMES = {
     Work.GATHER: "gather",
     Work.COMBINE: "combine",
     Work.KV: "KV cache",
+    Work.SEND_OUT: "send",
+    Work.SEND_BACK: "send",
 }
 
 
@@ -65,28 +67,33 @@ def _compute_slices(execution: Execution, task: int, offset_s: float) -> list[Sl
     origin = int(graph.origin_N[task])
     if work == Work.HOST:
         return [Slice(device=origin, track="host", name="host", start_s=start_s, end_s=end_s, layer=layer)]
-    slices = []
-    name, first_s = _first_part(execution.plan, work, int(graph.batch_N[task]), layer, device)
-    if first_s > 0:
-        done_s = start_s + first_s
-        slices.append(Slice(device=device, track="compute", name=name, start_s=start_s, end_s=done_s, layer=layer))
-        start_s = done_s
-    if start_s >= end_s:
-        return slices
+    plan = execution.plan.batches[graph.batch_N[task]]
+    ended_s = end_s
+    if work == Work.HEAD and plan.step_s_R is not None:
+        end_s -= float(plan.step_s_R[device])
+    begun_s = min(end_s, start_s + _copied_s(execution.plan, work, int(graph.batch_N[task]), layer, device))
     peer = origin if work == Work.REMOTE_EXPERTS else -1
-    last = Slice(
-        device=device, track="compute", name=_NAMES[work], start_s=start_s, end_s=end_s, layer=layer, peer=peer
-    )
-    return [*slices, last]
+    pieces: list[tuple[Track, str, float, float]] = [
+        ("compute", "copy", start_s, begun_s),
+        ("compute", _NAMES[work], begun_s, end_s),
+        ("host", "end of the step", end_s, ended_s),
+    ]
+    return [
+        Slice(device=device, track=track, name=name, start_s=begin_s, end_s=until_s, layer=layer, peer=peer)
+        for track, name, begin_s, until_s in pieces
+        if until_s > begin_s
+    ]
 
 
-def _first_part(plan: StepPlan, work: Work, batch: int, layer: int, device: int) -> tuple[str, float]:
-    """Return what a task does before what it is named after, and how long."""
+def _copied_s(plan: StepPlan, work: Work, batch: int, layer: int, device: int) -> float:
+    """Return what messages take at the start of a task."""
     if work == Work.EXPERTS:
-        return "copy", float(plan.batches[batch].experts_copy_s_LR[layer, device])
+        return float(plan.batches[batch].experts_copy_s_LR[layer, device])
+    if work == Work.REMOTE_EXPERTS:
+        return float(plan.receive_s_R[device])
     if work == Work.HEAD:
-        return "reduce", float(plan.tail_s_R[device] - plan.head_s_R[device])
-    return "", 0.0
+        return float(sum(part.results_s_LR[-1, device] for part in plan.batches))
+    return 0.0
 
 
 def _message_slices(execution: Execution, task: int, message_id: str, offset_s: float) -> tuple[Slice, Slice]:
@@ -111,7 +118,7 @@ def _message_slices(execution: Execution, task: int, message_id: str, offset_s: 
 def _front_slices(plan: StepPlan, layer: int, device: int, start_s: float) -> list[Slice]:
     slices = []
     parts = [
-        ("reduce", plan.reduce_s_LR[layer - 1, device] if layer else 0.0),
+        ("copy", plan.front_copy_s_LR[layer, device]),
         ("vision", plan.vision_s_R[device] if layer == 0 else 0.0),
         ("attention", plan.attention_s_LR[layer, device]),
         ("dense FFN", plan.dense_ffn_s_LR[layer, device]),

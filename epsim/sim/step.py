@@ -13,11 +13,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from epsim.sim.messaging import Exchange, Gateways, MessageCosts
+
 Floats = npt.NDArray[np.float64]
 Mode = Literal["sync", "async", "two_batch"]
 Connections = Literal["flow", "pair"]
 Barriers = Literal["all", "own"]
 
+# "copy": what messages take from compute, and transfers that cannot hide behind it.
 COMPUTE_PARTS = ("vision", "attention", "dense_ffn", "router", "experts", "copy", "head")
 PARTS = (*COMPUTE_PARTS, "dispatch", "combine", "host", "waiting")
 
@@ -36,10 +39,11 @@ class StepPlan:
     that follows them), router_s_LR: until a layer's dispatch. home_experts_s_LR: experts computed before the dispatch
     (tensor and data parallelism). shared_s_LR: shared experts, at the home. host_s_LR: the least time from the start of
     a layer (of the first: with the vision encoder) to the start of the next, in which the host launches it.
-    copy_s_LR: what transfers take from the compute of a home in mode async, before its local experts.
     pack_s_LR: making the messages that a home sends, between its router and the dispatch. reduce_s_LR: adding up what
     came back, before the next layer or the head. serve_s_LCRR[:, c, s, d]: what the arrival of chunk c of s takes d
     beside its experts, directly before them (None: nothing).
+    copy_s_LR: what transfers take from the compute of a device, in mode async before its local experts, in mode
+    two_batch before its front. message_costs: what each message takes; step_s_R: after the head (both None for none).
     experts_s_LR: routed experts of a device in one kernel (sync, two_batch). local_s_LR: those for its own tokens, and
     remote_s_LCRR[:, c, s, d]: those on d for chunk c of s (mode async). head_s_R: after the last layer.
     dispatch_bytes_LCRR, combine_bytes_LCRR: [.., s, d] hidden vectors from home s to device d and back; zero on the
@@ -81,6 +85,8 @@ class StepPlan:
     second: "StepPlan | None" = None
     connections: Connections = "flow"
     barriers: Barriers = "all"
+    message_costs: MessageCosts | None = None
+    step_s_R: Floats | None = None
     serve_s_LCRR: Floats | None = None
 
     def __post_init__(self) -> None:
@@ -121,27 +127,72 @@ class StepPlan:
 
     @property
     def front_s_LR(self) -> Floats:
-        """What a device computes in a layer before its dispatch, with the sums of the layer before."""
+        """What a device computes in a layer before its dispatch, with the results of the layer before."""
         front_s_LR = self.attention_s_LR + self.dense_ffn_s_LR + self.router_s_LR + self.home_experts_s_LR
         front_s_LR = front_s_LR + self.pack_s_LR
         front_s_LR[0] += self.vision_s_R
-        front_s_LR[1:] += self.reduce_s_LR[:-1]
-        return front_s_LR
+        return front_s_LR + self.front_copy_s_LR
 
     @property
     def tail_s_R(self) -> Floats:
-        """What a device computes behind the last layer: the sums of all micro-batches, and the head."""
-        return np.asarray(self.head_s_R + sum(batch.reduce_s_LR[-1] for batch in self.batches), dtype=np.float64)
+        """What a device does after the last layer: it receives the last results, computes its head, ends the step."""
+        tail_s_R = np.sum([self.head_s_R, *(batch.results_s_LR[-1] for batch in self.batches)], axis=0)
+        return np.asarray(tail_s_R if self.step_s_R is None else tail_s_R + self.step_s_R)
 
     @property
-    def arrival_s_LCRR(self) -> Floats:
-        """What each arrival takes a device beside its experts."""
-        return np.zeros_like(self.remote_s_LCRR) if self.serve_s_LCRR is None else self.serve_s_LCRR
+    def front_copy_s_LR(self) -> Floats:
+        """What messages take at the start of a front: the results of the layer before, and in mode two_batch copies."""
+        copy_s_LR = self.copy_s_LR.copy() if self.mode == "two_batch" else np.zeros_like(self.copy_s_LR)
+        copy_s_LR[1:] += self.results_s_LR[:-1]
+        return copy_s_LR
 
     @property
     def experts_copy_s_LR(self) -> Floats:
-        """What a device does directly before its experts: for all arrivals; in mode async, local experts, copies."""
-        return self.copy_s_LR if self.mode == "async" else np.asarray(self.arrival_s_LCRR.sum(axis=(1, 2)))
+        """What messages take before the (async: local) experts; receiving and serving, but in mode async copies."""
+        if self.mode == "async":
+            return self.copy_s_LR
+        served_s_LR = self.served_s_LCRR.sum(axis=(1, 2))
+        if not self.receive_s_R.any():
+            return np.asarray(served_s_LR)
+        return np.asarray(self.out.count_LRR.sum(axis=1) * self.receive_s_R + served_s_LR)
+
+    @functools.cached_property
+    def results_s_LR(self) -> Floats:
+        """What a device takes to receive and add up its results of a layer; async: and to receive what it passed on."""
+        if not self.receive_s_R.any():
+            return self.reduce_s_LR
+        count_LR = self.back.count_LRR.sum(axis=1)
+        if self.mode == "async":  # all other messages are received with the kernel of their tokens
+            count_LR = count_LR + self._gateways.only_passed_on_LR(
+                self.dispatch_bytes_LCRR > 0, self.node_dispatch_bytes_LCRN
+            )
+        return np.asarray(count_LR * self.receive_s_R + self.reduce_s_LR)
+
+    @property
+    def served_s_LCRR(self) -> Floats:
+        """What each arrival takes a device beside its experts, when it has been received."""
+        return np.zeros_like(self.remote_s_LCRR) if self.serve_s_LCRR is None else self.serve_s_LCRR
+
+    @property
+    def receive_s_R(self) -> Floats:
+        """What a device takes to receive a message."""
+        return np.zeros(self.num_devices) if self.message_costs is None else self.message_costs.receive_s_R
+
+    @property
+    def _gateways(self) -> Gateways:
+        return Gateways(gateway_RN=self.gateway_RN, node_of_device_R=self.node_of_device_R)
+
+    @functools.cached_property
+    def out(self) -> Exchange:
+        """The messages of the dispatches."""
+        sent_LCRR = self.dispatch_bytes_LCRR > 0
+        return self._gateways.exchange(sent_LCRR, self.dispatch_bytes_LCRR, self.node_dispatch_bytes_LCRN)
+
+    @functools.cached_property
+    def back(self) -> Exchange:
+        """The messages of the combines: one for each of the dispatch."""
+        sent_LCRR = self.dispatch_bytes_LCRR > 0
+        return self._gateways.exchange(sent_LCRR, self.combine_bytes_LCRR, self.node_combine_bytes_LCRN).reversed
 
     def via_gateway(self, source: npt.NDArray[np.intp], destination: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Whether the messages of these pairs go through a gateway."""
@@ -149,13 +200,17 @@ class StepPlan:
             return np.zeros(source.shape, dtype=bool)
         return np.asarray(self.node_of_device_R[source] != self.node_of_device_R[destination])
 
+    @property
+    def moved_bytes_LR(self) -> Floats:
+        """Bytes that a device sends or receives in a layer, with KV caches that leave in it."""
+        bytes_LRR = self.out.bytes_LRR + self.back.bytes_LRR + (self.kv_bytes_LRR if self.overlap_kv else 0.0)
+        return np.asarray(bytes_LRR.sum(axis=1) + bytes_LRR.sum(axis=2))
+
     def compute_s_PR(self) -> Floats:
         """Seconds that each device computes for each of COMPUTE_PARTS, [7, R]."""
-        copy_s_R = self.pack_s_LR.sum(axis=0) + self.reduce_s_LR.sum(axis=0) + self.arrival_s_LCRR.sum(axis=(0, 1, 2))
         experts_s_R = self.experts_s_LR.sum(axis=0)
         if self.mode == "async":
             experts_s_R = self.local_s_LR.sum(axis=0) + self.remote_s_LCRR.sum(axis=(0, 1, 2))
-            copy_s_R += self.copy_s_LR.sum(axis=0)
         seconds_PR = np.stack(
             [
                 self.vision_s_R,
@@ -163,11 +218,28 @@ class StepPlan:
                 self.dense_ffn_s_LR.sum(axis=0),
                 self.router_s_LR.sum(axis=0),
                 experts_s_R + self.shared_s_LR.sum(axis=0) + self.home_experts_s_LR.sum(axis=0),
-                copy_s_R,
+                self._copy_s_R(),
                 self.head_s_R,
             ]
         )
         return seconds_PR if self.second is None else seconds_PR + self.second.compute_s_PR()
+
+    def _copy_s_R(self) -> Floats:
+        """What transfers and messages take, without the KV cache that leaves when a device has ended its step."""
+        copy_s_R: Floats = self.pack_s_LR.sum(axis=0) + self.reduce_s_LR.sum(axis=0)
+        copy_s_R = copy_s_R + self.served_s_LCRR.sum(axis=(0, 1, 2))
+        if self.mode != "sync":
+            copy_s_R = copy_s_R + self.copy_s_LR.sum(axis=0)
+        if self.message_costs is None:
+            return copy_s_R
+        count_RR = (self.out.count_LRR + self.back.count_LRR).sum(axis=0)
+        copy_s_R = copy_s_R + count_RR.sum(axis=0) * self.receive_s_R
+        bytes_RR = (self.out.bytes_LRR + self.back.bytes_LRR).sum(axis=0)
+        if self.overlap_kv:
+            count_RR = count_RR + (self.kv_bytes_LRR > 0).sum(axis=0)
+            bytes_RR = bytes_RR + self.kv_bytes_LRR.sum(axis=0)
+        copy_s_R += count_RR.sum(axis=1) * self.message_costs.send_s_R
+        return np.asarray(copy_s_R + bytes_RR.sum(axis=1) * self.message_costs.send_s_per_byte_R)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from epsim.sim.messaging import MessageCosts
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -39,9 +41,13 @@ class Work(IntEnum):
     BARRIER = 9
     HOST = 10
     SHARED = 11
+    SEND_OUT = 12  # what a device computes before it sends tokens or KV caches
+    SEND_BACK = 13  # ... results
 
 
 _MESSAGE_WORKS = (Work.DISPATCH, Work.FORWARD, Work.GATHER, Work.COMBINE, Work.KV)
+_KIND, _WORK, _SOURCE, _DESTINATION = 0, 1, 3, 4  # rows of a builder's numbers
+_BACK_WORKS = (Work.GATHER, Work.COMBINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +87,12 @@ class GraphBuilder:
     """Collects tasks and edges array by array."""
 
     num_devices: int
+    costs: MessageCosts | None = None
     batch: int = 0
     numbers: list[Ints] = field(default_factory=list)
     amounts: list[Floats] = field(default_factory=list)
     edges: list[tuple[Ints, Ints]] = field(default_factory=list)
+    sent: list[tuple[Ints, ...]] = field(default_factory=list)
     num_tasks: int = 0
 
     def _add(self, kind: Kind, work: Work, layer: Ints, source: Ints, destination: Ints, origin: Ints,
@@ -124,9 +132,49 @@ class GraphBuilder:
             before, after = np.broadcast_arrays(before, after)
         self.edges.append((before.reshape(-1), after.reshape(-1)))
 
+    def send(self, messages: Ints, turn: Ints | int, following: Ints | int) -> None:
+        """Say of messages in which turn their device sends them, and which of its tasks comes after that (-1: none).
+
+        Where sending costs the device something, each leaves when a task of its own is done that sends it. Those that
+        become ready together go by turn, then by destination, beginning with the next rank.
+        """
+        if self.costs is not None and self.costs.sends_R.any():
+            columns = np.broadcast_arrays(messages, turn, following)
+            self.sent.append(tuple(column.reshape(-1) for column in columns))
+
+    def _add_sends(self, costs: MessageCosts) -> int:
+        """Put the tasks that send in front of all others, so that they win ties; return how many they are.
+
+        Whatever a message waited for, its send waits for now.
+        """
+        numbers, amounts = np.concatenate(self.numbers, axis=1), np.concatenate(self.amounts, axis=1)
+        message, turn, following = np.concatenate([np.stack(columns) for columns in self.sent], axis=1)
+        costly = costs.sends_R[numbers[_SOURCE, message]]
+        message, turn, following = message[costly], turn[costly], following[costly]
+        _, work, layer, source, destination, _, _ = numbers[:, message]
+        way = (destination - source) % self.num_devices
+        order = np.lexsort((message, way, turn, work == Work.KV, layer))
+        message, following, source = message[order], following[order], source[order]
+        tasks = numbers[:, message]
+        tasks[_WORK] = np.where(np.isin(tasks[_WORK], _BACK_WORKS), Work.SEND_BACK, Work.SEND_OUT)
+        tasks[_KIND], tasks[_DESTINATION] = Kind.COMPUTE, source
+        seconds = costs.send_s_R[source] + amounts[1, message] * costs.send_s_per_byte_R[source]
+        self.numbers, self.amounts = [tasks, numbers], [np.stack([seconds, np.zeros_like(seconds)]), amounts]
+        count, ids = len(message), np.arange(len(message))
+        entrance_N = count + np.arange(self.num_tasks)
+        entrance_N[message] = ids
+        self.num_tasks += count
+        self.edges = [(count + before, entrance_N[after]) for before, after in self.edges]
+        self.edge(ids, count + message)
+        self.edge(ids[following >= 0], count + following[following >= 0])
+        return count
+
     def finish(
         self, fronts_LR: Ints, program_LXR: Ints, barriers_LX: Ints, *, one_flow_per_pair: bool = False
     ) -> TaskGraph:
+        if self.costs is not None and self.sent:
+            num_sends = self._add_sends(self.costs)
+            fronts_LR, program_LXR, barriers_LX = (ids + num_sends for ids in (fronts_LR, program_LXR, barriers_LX))
         kind, work, layer, source, destination, origin, batch = np.concatenate(self.numbers, axis=1)
         duration_s, num_bytes = np.concatenate(self.amounts, axis=1)
         before, after = np.concatenate([np.stack(pair) for pair in self.edges], axis=1)

@@ -50,6 +50,21 @@ def _device_types(rng: Rng, num_devices: int, staging: bool) -> list[dict[str, A
     ]
 
 
+def _with_messaging(rng: Rng, types: list[dict[str, Any]], *, closed_form: bool) -> list[dict[str, Any]]:
+    """Return device types on which messages and the end of a step cost something, or only what the closed form has."""
+    costs: list[dict[str, Any]] = [{"background_bandwidth": float(rng.uniform(50, 500))} for _ in types]
+    if not closed_form:
+        for cost in costs:
+            cost["send_overhead"] = float(rng.choice([0.0, rng.uniform(0, 0.3)]))
+            cost["send_bandwidth"] = float(rng.uniform(30, 300)) if rng.random() < 0.7 else None
+            cost["receive_overhead"] = float(rng.choice([0.0, rng.uniform(0, 0.3)]))
+    step_s = [float(rng.choice([0.0, 0.5])) for _ in types]
+    return [
+        {**fields, "messaging": cost, "step_overhead": seconds}
+        for fields, cost, seconds in zip(types, costs, step_s, strict=True)
+    ]
+
+
 def _random_link(rng: Rng, source: str, target: str) -> dict[str, Any]:
     bandwidth, latency = np.exp(rng.uniform(np.log(5), np.log(500))), rng.choice([0.0, rng.uniform(0, 0.5)])
     overhead = rng.choice([0.0, rng.uniform(0, 0.2)])
@@ -69,12 +84,16 @@ def _shaped(rng: Rng, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def mesh(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False, *, framed: bool = False) -> Cluster:
-    """Return devices with a link of its own for each ordered pair (and host staging in front, where asked for)."""
+    """Return devices with a link of its own for each ordered pair (and host staging in front, where asked for).
+
+    framed: with all terms of a transport that the closed form has, on links and devices.
+    """
     links = [_random_link(rng, f"d{s}", f"d{d}") for s in range(num_devices) for d in range(num_devices) if s != d]
     if framed:
         links = [_framed(rng, fields) for fields in links]
+    types = _device_types(rng, num_devices, staging)
     return make_cluster(
-        _device_types(rng, num_devices, staging),
+        _with_messaging(rng, types, closed_form=True) if framed else types,
         links,
         nodes=random_nodes(rng, num_devices, num_nodes),
         segment_bytes=SEGMENT_BYTES * float(rng.uniform(0.3, 3)),
@@ -84,7 +103,7 @@ def mesh(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False, *, f
 def fabric(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False, *, shaped: bool = False) -> Cluster:
     """Return nodes with an inner switch and one uplink each to a spine: ports and uplinks are shared.
 
-    shaped: links have both directions alike, with framing, bursts and acknowledgements.
+    shaped: links have both directions alike, with framing, bursts and acknowledgements; messages cost the devices time.
     """
     nodes = random_nodes(rng, num_devices, num_nodes)
     ends = [(f"d{r}", f"leaf{node}") for r, node in enumerate(nodes)]
@@ -92,8 +111,9 @@ def fabric(rng: Rng, num_devices: int, num_nodes: int, staging: bool = False, *,
     links = [_random_link(rng, *way) for pair in ends for way in (pair, pair[::-1])]
     if shaped:
         links = [_shaped(rng, fields) for fields in links[::2]]
+    types = _device_types(rng, num_devices, staging)
     return make_cluster(
-        _device_types(rng, num_devices, staging),
+        _with_messaging(rng, types, closed_form=False) if shaped else types,
         links,
         nodes=nodes,
         switches=("spine", *(f"leaf{node}" for node in range(num_nodes))),

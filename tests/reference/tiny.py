@@ -52,6 +52,8 @@ def device_type(**changes: Any) -> dict[str, Any]:
         "expert_overhead": 0.0,
         "barrier_slowdown": 0.0,
         "transfer_overlap": 1.0,
+        "step_overhead": 0.0,
+        "messaging": None,
         "staging": None,
     }
     return {**fields, **changes}
