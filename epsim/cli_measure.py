@@ -40,7 +40,7 @@ def device(
     max_tokens: int | None = _most("Tokens of a home in a prefill."),
     max_experts: int | None = _most("Experts of a device in a layer."),
     max_pairs: int | None = _most("(token, expert) pairs of a device in a layer."),
-    max_vectors: int | None = _most("Vectors that are gathered or added up at once."),
+    max_vectors: int | None = _most("Vectors of a message."),
     max_images: int | None = _most("Images of a home."),
     overrides: Overrides = None,
 ) -> None:
@@ -57,7 +57,7 @@ def device(
     check_outputs({"-o": output}, (scenario,))
     spec = load_scenario(scenario, overrides or ())
     require_trace_extra()
-    from epsim.measure.device import measure_device, prepare, summary
+    from epsim.measure.device import measure_device, prepare, summary, wire_of
     from epsim.measure.ranges import ranges_of
     from epsim.model import ModelCard
 
@@ -74,7 +74,7 @@ def device(
     job = prepare(
         ModelCard.from_mapping(spec.model.model_dump()),
         ranges,
-        wire=spec.transmission.dispatch_dtype,
+        wire=wire_of(spec),
         device=on,
         num_processes=processes,
         num_threads=threads,

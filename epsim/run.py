@@ -13,6 +13,7 @@ from epsim.batch import Deployment, StepInput, run_steps, step_inputs
 from epsim.cluster import Cluster, build_cluster
 from epsim.cost import Cost, MemoryAccount, RooflineCost
 from epsim.cost.measured import measured_cost
+from epsim.cost.profile import wire_name
 from epsim.errors import TraceError
 from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
@@ -109,7 +110,10 @@ def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> Ste
 def build_cost(spec: ScenarioSpec, card: ModelCard, cluster: Cluster) -> Cost:
     """Return the times of a device's part of the model: from measured profiles if the device types name them."""
     paths = {name: device_type.profile for name, device_type in spec.cluster.device_types.items()}
-    return measured_cost(card, cluster, paths) if any(paths.values()) else RooflineCost(card, cluster)
+    if not any(paths.values()):
+        return RooflineCost(card, cluster)
+    wire = wire_name(spec.transmission.dispatch_dtype, spec.transmission.combine_dtype)
+    return measured_cost(card, cluster, paths, wire=wire)
 
 
 def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:

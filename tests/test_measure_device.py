@@ -18,10 +18,11 @@ from epsim import cli  # noqa: E402
 from epsim.cost.interpolation import Interpolation  # noqa: E402
 from epsim.cost.profile import AXES, OpTable, read_profile  # noqa: E402
 from epsim.errors import InputError  # noqa: E402
-from epsim.measure.device import measure_device, prepare  # noqa: E402
+from epsim.measure.device import measure_device, prepare, wire_of  # noqa: E402
 from epsim.measure.device_pass import Bench  # noqa: E402
 from epsim.measure.device_plan import Cell, Setting, doubling, grids, plan_cells  # noqa: E402
 from epsim.measure.ranges import Ranges, ranges_of  # noqa: E402
+from epsim.measure.wire import Wire  # noqa: E402
 from epsim.run import simulate  # noqa: E402
 from epsim.scenario import load_scenario  # noqa: E402
 
@@ -29,6 +30,7 @@ DEVICE = os.environ.get("EPSIM_TEST_DEVICE", "cpu")
 RANGES = Ranges(
     requests=3, prompt=(4, 9), context=(5, 12), tokens=27, experts=5, pairs=100, vectors=90, images=2
 )  # fmt: skip
+BF16 = Wire(dispatch_dtype="bf16", combine_dtype="bf16", pairs_per_vector=2)
 SCENARIO = """\
 name: tiny
 model:
@@ -52,9 +54,9 @@ workload: {batch_sizes: [1, 5], num_batches: 2}
 
 
 def all_grids(**changes: Any) -> dict[str, list[tuple[int, ...]]]:
-    """Return the grids of a model that has every part, whose vectors are cast, on a device with memory of its own."""
+    """Return the grids of a model that has every part, on a device with memory of its own."""
     card = make_card(vision=VISION, **DENSE_AND_SHARED)
-    fields: dict[str, Any] = {"wire": "bf16", "on_host": False, "hidden_bytes": 128}
+    fields: dict[str, Any] = {"on_host": False, "hidden_bytes": 128}
     return grids(card, RANGES, **{**fields, **changes})
 
 
@@ -73,16 +75,15 @@ def test_grids_by_hand() -> None:
     # Top 3: 100 pairs are 34 tokens, so at most 34 pairs with one expert; with 5, as many as 100 pairs on 2 are: 50.
     assert [cell for cell in found["experts"] if cell[0] == 1][-1] == (1, 34)
     assert [cell for cell in found["experts"] if cell[0] == 5] == [(5, n) for n in (1, 2, 4, 8, 16, 34)]
-    assert set(found) == set(AXES) - {"to_fp8", "from_fp8"}
-    assert set(all_grids(wire=None, on_host=True)) == set(AXES) - {
-        "to_bf16", "from_bf16", "to_fp8", "from_fp8", "to_host", "to_device"
-    }  # fmt: skip
+    assert found["serve"] == found["pack"] == found["reduce"]
+    assert set(found) == set(AXES)
+    assert set(all_grids(on_host=True)) == set(AXES) - {"to_host", "to_device"}
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5, 8, 13])
 def test_every_possible_kernel_of_experts_is_between_cells(experts: int) -> None:
     ranges = Ranges(**{**vars(RANGES), "experts": experts, "pairs": 40 * min(3, experts)})
-    cells = sorted(grids(make_card(), ranges, wire=None, on_host=True, hidden_bytes=4)["experts"])
+    cells = sorted(grids(make_card(), ranges, on_host=True, hidden_bytes=4)["experts"])
     ones = np.ones(len(cells))
     table = OpTable(
         axes=AXES["experts"], at_CA=np.array(cells, float), median_s_C=ones, p25_s_C=ones, p75_s_C=ones, min_s_C=ones,
@@ -118,26 +119,29 @@ def test_passes_give_every_cell_its_samples() -> None:
     assert Setting(attention=attention, others={}).num_passes(10, 3) == 4
 
 
-@pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_a_pass_times_the_parts_in_their_order(attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "wire"),
+    [("gqa", BF16), ("mla", Wire(dispatch_dtype="fp8", combine_dtype="fp32", pairs_per_vector=1))],
+)
+def test_a_pass_times_the_parts_in_their_order(attention: str, wire: Wire) -> None:
     card = make_card(attention, vision=VISION, **DENSE_AND_SHARED)
-    bench = Bench(card, RANGES, device=torch.device(DEVICE), dtype=torch.float32, wire="bf16")
+    bench = Bench(card, RANGES, device=torch.device(DEVICE), dtype=torch.float32, wire=wire)
     parts = {
-        "vision": (2,), "dense_ffn": (7,), "router": (30,), "pack": (40,), "to_bf16": (3,), "shared_experts": (2,),
-        "experts": (5, 20), "from_bf16": (50,), "reduce": (40,), "head": (3,),
+        "vision": (2,), "dense_ffn": (7,), "router": (30,), "pack": (40,), "shared_experts": (2,),
+        "experts": (5, 20), "serve": (50,), "reduce": (40,), "head": (3,),
     }  # fmt: skip
     for op, at in (("prefill_attention", (3, 9)), ("decode_attention", (2, 12))):
         cell = Cell(op=op, at=at)
         setting = Setting(attention=cell, others={op: (Cell(op=op, at=at),) for op, at in parts.items()})
         laps = bench.run(setting, 0)
-        layer = [op, "router", "pack", "to_bf16", "shared_experts", "experts", "from_bf16", "reduce"]
+        layer = [op, "router", "pack", "shared_experts", "experts", "serve", "reduce"]
         order = ["vision", *[op, "dense_ffn"] * 2, *layer * 2, "head"]
         assert [lap.op for lap, _ in laps] == order
         assert all(seconds > 0 for _, seconds in laps)
 
 
 def test_cells_of_a_part_take_turns() -> None:
-    bench = Bench(make_card(), RANGES, device=torch.device(DEVICE), dtype=torch.float32, wire=None)
+    bench = Bench(make_card(), RANGES, device=torch.device(DEVICE), dtype=torch.float32, wire=BF16)
     cells = tuple(Cell(op="router", at=(n,)) for n in (1, 2, 3))
     setting = Setting(attention=Cell(op="decode_attention", at=(1, 5)), others={"router": cells})
     measured = Counter(cell for number in range(6) for cell, _ in bench.run(setting, number) if cell.op == "router")
@@ -147,7 +151,7 @@ def test_cells_of_a_part_take_turns() -> None:
 @pytest.mark.parametrize("activated", [1, 2, 5])
 @pytest.mark.parametrize("per_expert", [1, 3, 34])
 def test_pairs_are_spread_evenly(activated: int, per_expert: int) -> None:
-    bench = Bench(make_card(), RANGES, device=torch.device("cpu"), dtype=torch.float32, wire=None)
+    bench = Bench(make_card(), RANGES, device=torch.device("cpu"), dtype=torch.float32, wire=BF16)
     num_vectors, vector_N, slot_N, weight_N = bench._make_pairs(Cell(op="experts", at=(activated, per_expert)))
     assert sorted(Counter(slot_N.tolist()).values()) == [per_expert] * activated
     assert len(set(zip(vector_N.tolist(), slot_N.tolist(), strict=True))) == activated * per_expert == len(weight_N)
@@ -205,8 +209,8 @@ def test_from_scenario_to_profile_to_simulation(
     assert "Least steady: " in printed.out
     profile = read_profile(tmp_path / "p.json")
     assert (profile.model, profile.num_processes, profile.num_threads) == ("tiny", 1, 1)
-    expected = set(AXES) - {"to_fp8", "from_fp8"} - ({"to_host", "to_device"} if DEVICE == "cpu" else set())
-    assert set(profile.ops) == expected if DEVICE == "cpu" else expected - {"to_bf16", "from_bf16"}
+    assert profile.wire == "bf16, bf16"
+    assert set(profile.ops) == set(AXES) - ({"to_host", "to_device"} if DEVICE == "cpu" else set())
     for op in profile.ops.values():
         assert (op.repeats_C >= 2).all()
         assert (op.min_s_C > 0).all()
@@ -225,9 +229,25 @@ def test_from_scenario_to_profile_to_simulation(
         assert results[0]["prefill"]["parts_s"]["copy"] > 0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "pairs_per_vector"),
+    [
+        ([], 1),
+        (["model.moe.topk=5"], 2),
+        (["model.moe.topk=5", "transmission.dedup=none"], 1),
+        (["model.moe.topk=1"], 1),
+    ],
+)
+def test_a_vector_has_its_share_of_the_top_k(tmp_path: Path, overrides: list[str], pairs_per_vector: int) -> None:
+    """Two devices: 5 // 2 = 2 pairs with dedup."""
+    dtypes = ["transmission.dispatch_dtype=fp8", "transmission.combine_dtype=fp32"]
+    wire = wire_of(load_scenario(write(tmp_path), [*overrides, *dtypes]))
+    assert wire == Wire(dispatch_dtype="fp8", combine_dtype="fp32", pairs_per_vector=pairs_per_vector)
+
+
 def test_processes_measure_together() -> None:
     ranges = Ranges(requests=1, prompt=(2, 2), context=(3, 3), tokens=2, experts=2, pairs=6, vectors=6, images=0)
-    job = prepare(make_card(), ranges, wire="bf16", num_processes=2, num_threads=1, repeats=2)
+    job = prepare(make_card(), ranges, wire=BF16, num_processes=2, num_threads=1, repeats=2)
     profile = measure_device(job)
     assert profile.num_processes == 2
     assert all((op.repeats_C >= 4).all() for op in profile.ops.values())

@@ -7,18 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference.tiny import device_type, link, make_cluster, make_placement, star, tiny_model
+from reference.tiny import device_type, link, make_cluster, star, tiny_model
 from test_cost import work
 
-from epsim.cost import MeasuredCost, RooflineCost
+from epsim.cost import MeasuredCost
 from epsim.cost.interpolation import Interpolation
 from epsim.cost.measured import measured_cost
 from epsim.cost.profile import AXES, DeviceProfile, OpTable, read_profile, shapes_of, write_profile
 from epsim.errors import InputError
 from epsim.model import LatentAttention
 from epsim.scenario import load_scenario
-from epsim.sim import PARTS, StepPlanner, Transmission, simulate_step
-from epsim.traffic import MessageFormat, TrafficCounter
 
 
 def table(op: str, cells: dict[Any, float]) -> OpTable:
@@ -46,8 +44,9 @@ def profile(scale: float = 1.0, **changes: Any) -> DeviceProfile:
         "dense_ffn": {1: 10.0, 5: 30.0},
         "shared_experts": {1: 20.0, 5: 60.0},
         "experts": {(1, 1): 3.0, (1, 9): 19.0, (4, 1): 12.0, (4, 5): 44.0},
-        "pack": {1: 0.25, 8: 2.0},
-        "reduce": {1: 0.5, 8: 4.0},
+        "pack": {1: 1.0, 8: 2.75},
+        "serve": {1: 1.5, 8: 5.0},
+        "reduce": {1: 2.0, 8: 5.5},
         "head": {1: 7.0, 4: 10.0},
     }
     ops = {op: table(op, {at: scale * seconds for at, seconds in values.items()}) for op, values in cells.items()}
@@ -55,6 +54,7 @@ def profile(scale: float = 1.0, **changes: Any) -> DeviceProfile:
         "model": "tiny",
         "shapes": shapes_of(tiny_model()),
         "dtype": "float32",
+        "wire": "bf16, bf16",
         "device": "a device",
         "machine": "a machine",
         "versions": {"torch": "2.13"},
@@ -69,7 +69,7 @@ def profile(scale: float = 1.0, **changes: Any) -> DeviceProfile:
 def cost() -> MeasuredCost:
     """Return the cost of two devices of which the second takes twice as long."""
     cluster = make_cluster([device_type(launch_overhead=1.0, layer_overhead=0.5)] * 2, [link("d0", "d1", 1.0)])
-    return MeasuredCost(tiny_model(), cluster, {"t0": profile(), "t1": profile(2.0)})
+    return MeasuredCost(tiny_model(), cluster, {"t0": profile(), "t1": profile(2.0)}, wire="bf16, bf16")
 
 
 # Interpolation by hand.
@@ -141,15 +141,16 @@ def test_the_other_parts() -> None:
         [pytest.approx(14.0), 0.0],
         [3.0, 6.0],
     ]
-    assert cost().pack_s(np.array([[[4, 4]]])).tolist() == [[[1.0, 2.0]]]
-    assert cost().reduce_s(np.array([4, 0])).tolist() == [2.0, 0.0]
+    assert cost().pack_s(np.array([[[4, 4]]])).tolist() == [[[1.75, 3.5]]]
+    assert cost().serve_s(np.array([3, 3])).tolist() == [2.5, 5.0]
+    assert cost().reduce_s(np.array([4, 0])).tolist() == [3.5, 0.0]
     assert cost().layer_floor_s_R.tolist() == [0.5, 0.5]
 
 
 def test_a_part_that_was_not_measured() -> None:
     without = {name: op for name, op in profile().ops.items() if name != "shared_experts"}
     cluster = star(1, 1.0)
-    measured = MeasuredCost(tiny_model(), cluster, {"t0": profile(ops=without)})
+    measured = MeasuredCost(tiny_model(), cluster, {"t0": profile(ops=without)}, wire="bf16, bf16")
     counts = work(tokens_R=[3])
     with pytest.raises(InputError, match="has no shared_experts; measure this scenario"):
         measured.shared_experts_s_R(counts)
@@ -159,7 +160,8 @@ def test_a_part_that_was_not_measured() -> None:
     moe = tiny_model().moe
     assert moe is not None
     alone = tiny_model(moe=replace(moe, num_shared_experts=0, shared_expert_ffn_size=None))
-    measured = MeasuredCost(alone, cluster, {"t0": profile(ops=without, shapes=shapes_of(alone))})
+    profiles = {"t0": profile(ops=without, shapes=shapes_of(alone))}
+    measured = MeasuredCost(alone, cluster, profiles, wire="bf16, bf16")
     assert measured.shared_experts_s_R(counts).tolist() == [0.0]
 
 
@@ -167,14 +169,17 @@ def test_another_number_of_layers_has_the_same_times_and_another_width_has_not(t
     cluster = star(2, 1.0)
     write_profile(tmp_path / "p.json", profile())
     paths: dict[str, str | None] = {"t0": str(tmp_path / "p.json"), "t1": str(tmp_path / "p.json")}
-    measured_cost(tiny_model(num_layers=9, name="more"), cluster, paths)
+    measured_cost(tiny_model(num_layers=9, name="more"), cluster, paths, wire="bf16, bf16")
     with pytest.raises(InputError, match=r"t0\.profile: was measured with hidden_size 2, the model has 4; measure"):
-        measured_cost(tiny_model(hidden_size=4), cluster, paths)
+        measured_cost(tiny_model(hidden_size=4), cluster, paths, wire="bf16, bf16")
     latent = LatentAttention(num_heads=2, kv_lora_rank=1, qk_nope_head_dim=1, qk_rope_head_dim=1, v_head_dim=1)
     with pytest.raises(InputError, match=r"with attention\.kv_lora_rank absent, the model has 1"):
-        measured_cost(tiny_model(attention=latent), cluster, paths)
+        measured_cost(tiny_model(attention=latent), cluster, paths, wire="bf16, bf16")
     with pytest.raises(InputError, match=r"cluster\.device_types\.t1\.profile: is missing, t0 has one"):
-        measured_cost(tiny_model(), cluster, {**paths, "t1": None})
+        measured_cost(tiny_model(), cluster, {**paths, "t1": None}, wire="bf16, bf16")
+    says = r"t0\.profile: was measured with vectors in bf16, bf16 \(dispatch, combine\), the scenario sends fp8, bf16"
+    with pytest.raises(InputError, match=says):
+        measured_cost(tiny_model(), cluster, paths, wire="fp8, bf16")
 
 
 # The file.
@@ -239,43 +244,7 @@ def test_a_table_must_make_sense(changes: dict[str, Any], says: str) -> None:
         replace(table("router", {1: 1.0, 2: 2.0}), **changes)
 
 
-# In plans and scenarios.
-
-
-def test_gathering_and_adding_up_lengthen_a_step() -> None:
-    """Device 0 has 3 tokens; in layer 0 one pair each goes to device 1, in layer 1 both pairs of two tokens do.
-
-    Without dedup 3 and 4 vectors leave, with dedup 3 and 2; a vector takes 0.25 s to gather and 0.5 s to add up.
-    """
-    cluster = make_cluster([device_type()] * 2, [link("d0", "d1", 1e9)])
-    topk_TLK = np.array([[[0, 2], [2, 3]], [[1, 3], [2, 3]], [[0, 3], [0, 1]]], dtype=np.uint8)
-    traffic = TrafficCounter(make_placement([[0, 1, 2, 3]] * 2, [0, 1], 4), 1).count(topk_TLK, np.zeros(3, np.int32))
-    counts = work(tokens_R=[3, 0], requests_R=[1, 0], outputs_R=[1, 0])
-    model = tiny_model()
-    form = MessageFormat.of(model.hidden_size, "bf16", "bf16")
-    profiles = {"t0": profile(), "t1": profile()}
-    for dedup, vectors in (("none", (3, 4)), ("device", (3, 2))):
-        for mode in ("sync", "async"):
-            transmission = Transmission(mode=mode, dedup=dedup, num_chunks=1, message_format=form, overlap_kv=True)  # type: ignore[arg-type]
-            planner = StepPlanner(model, cluster, MeasuredCost(model, cluster, profiles), transmission)
-            plan = planner.plan([counts], traffic, np.zeros((2, 2), np.int64))
-            assert plan.pack_s_LR.tolist() == [[0.25 * vectors[0], 0], [0.25 * vectors[1], 0]]
-            assert plan.reduce_s_LR.tolist() == [[0.5 * vectors[0], 0], [0.5 * vectors[1], 0]]
-            # Attention of a dense and a MoE layer, then of a MoE layer: 103 s each. Router 2, dense FFN 20, head 8 s.
-            assert plan.front_s_LR[:, 0].tolist() == [
-                206.0 + 20 + 2 + 0.25 * vectors[0],
-                103.0 + 2 + 0.25 * vectors[1] + 0.5 * vectors[0],
-            ]
-            without = replace(plan, pack_s_LR=plan.pack_s_LR * 0, reduce_s_LR=plan.reduce_s_LR * 0)
-            for fidelity in ("event", "analytic"):
-                result, least = (simulate_step(p, cluster, fidelity)[0] for p in (plan, without))  # type: ignore[arg-type]
-                more_s = 0.75 * sum(vectors)  # all on the way of device 0, which ends last
-                assert result.end_s == pytest.approx(least.end_s + more_s)
-                assert result.parts_s_PR[PARTS.index("copy")].tolist() == [pytest.approx(more_s), 0.0]
-    planner = StepPlanner(model, cluster, RooflineCost(model, cluster), transmission)
-    plan = planner.plan([counts], traffic, np.zeros((2, 2), np.int64))
-    assert not plan.pack_s_LR.any()
-    assert not plan.reduce_s_LR.any()
+# In scenarios.
 
 
 def test_paths_of_profiles_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:

@@ -276,7 +276,9 @@ def test_kv_cache_by_hand(fidelity: Fidelity, overlap: bool, kv_end_s: float) ->
     # 20 and 10 bytes of KV: with overlap 1 + 2.5 = 3.5 and 6 + 1.5 = 7.5; else 30 bytes from 10 on, 10 + 3.5.
     plan = make_plan("sync")
     two_layers: dict[str, Any] = {
-        name: np.zeros((2, *getattr(plan, name).shape[1:])) for name in StepPlan.__dataclass_fields__ if "_L" in name
+        name: np.zeros((2, *value.shape[1:]))
+        for name, value in vars(plan).items()
+        if "_L" in name and value is not None
     }
     two_layers["attention_s_LR"] = np.array([[1.0, 0.0]] * 2)
     two_layers["experts_s_LR"] = np.array([[4.0, 0.0]] * 2)

@@ -20,10 +20,11 @@ class MeasuredCost:
     the measured times. `layer_overhead` still is the least time of a layer.
     """
 
-    def __init__(self, model: ModelCard, cluster: Cluster, profiles: Mapping[str, DeviceProfile]) -> None:
-        """profiles: by type of device, of this model's shapes; InputError otherwise."""
+    def __init__(self, model: ModelCard, cluster: Cluster, profiles: Mapping[str, DeviceProfile], *, wire: str) -> None:
+        """profiles: by type of device, of this model's shapes and this wire (`wire_name`); InputError otherwise."""
         for name, profile in profiles.items():
             _require_shapes(model, profile, f"cluster.device_types.{name}.profile")
+            _require_wire(wire, profile, f"cluster.device_types.{name}.profile")
         self._times = [
             (
                 np.array([r for r, device in enumerate(cluster.devices) if device.type_name == name], dtype=np.intp),
@@ -70,11 +71,15 @@ class MeasuredCost:
         return self._seconds("experts", activated_xR, pairs_xR / np.maximum(activated_xR, 1))
 
     def pack_s(self, vectors_xR: Counts) -> Floats:
-        """Gathering vectors to send into one buffer."""
+        """Making one message of vectors: gathering and encoding them."""
         return self._seconds("pack", vectors_xR)
 
+    def serve_s(self, vectors_xR: Counts) -> Floats:
+        """What one arrival of vectors takes beside its experts: decoding it, encoding its results."""
+        return self._seconds("serve", vectors_xR)
+
     def reduce_s(self, vectors_xR: Counts) -> Floats:
-        """Adding up vectors that came back."""
+        """Decoding and adding up the vectors of one message that came back."""
         return self._seconds("reduce", vectors_xR)
 
     def vision_s_R(self, work: HomeWork) -> Floats:
@@ -86,10 +91,10 @@ class MeasuredCost:
         return self._seconds("head", work.outputs_R)
 
 
-def measured_cost(model: ModelCard, cluster: Cluster, paths: Mapping[str, str | None]) -> MeasuredCost:
-    """Return the cost of profiles in files, by type of device.
+def measured_cost(model: ModelCard, cluster: Cluster, paths: Mapping[str, str | None], *, wire: str) -> MeasuredCost:
+    """Return the cost of profiles in files, by type of device. wire: as `wire_name` writes it.
 
-    Raises InputError if a type has none while another has one, or a file is no profile of the model.
+    Raises InputError if a type has none while another has one, or a file is no profile of the model or the wire.
     """
     missing = [name for name, path in paths.items() if path is None]
     if missing:
@@ -99,7 +104,7 @@ def measured_cost(model: ModelCard, cluster: Cluster, paths: Mapping[str, str | 
             "or leave out all profiles"
         )
     profiles = {name: read_profile(Path(path)) for name, path in paths.items() if path is not None}
-    return MeasuredCost(model, cluster, profiles)
+    return MeasuredCost(model, cluster, profiles, wire=wire)
 
 
 def _origin(type_name: str, profile: DeviceProfile) -> str:
@@ -115,3 +120,11 @@ def _require_shapes(model: ModelCard, profile: DeviceProfile, where: str) -> Non
                 f"{'' if model.name == profile.model else f' {model.name}'} has {wanted.get(name, 'none')}; "
                 "measure this model with `epsim measure device`"
             )
+
+
+def _require_wire(wire: str, profile: DeviceProfile, where: str) -> None:
+    if profile.wire != wire:
+        raise InputError(
+            f"{where}: was measured with vectors in {profile.wire} (dispatch, combine), the scenario sends {wire}; "
+            "measure with that transmission.dispatch_dtype and combine_dtype, with `epsim measure device`"
+        )

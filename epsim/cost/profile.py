@@ -26,12 +26,9 @@ AXES: dict[str, tuple[str, ...]] = {
     "dense_ffn": ("tokens",),
     "shared_experts": ("tokens",),
     "experts": ("activated", "pairs_per_expert"),  # routed ones of one device in one call
-    "pack": ("vectors",),  # gathered into one buffer
-    "reduce": ("vectors",),  # added to where they belong
-    "to_bf16": ("vectors",),
-    "from_bf16": ("vectors",),
-    "to_fp8": ("vectors",),
-    "from_fp8": ("vectors",),
+    "pack": ("vectors",),  # a dispatch: gathered and encoded, with codes and gate weights
+    "serve": ("vectors",),  # a dispatch decoded, and its results encoded
+    "reduce": ("vectors",),  # a combine: decoded and added to where they belong
     "to_host": ("bytes",),
     "to_device": ("bytes",),
     "vision": ("images",),  # encoder and projector
@@ -85,13 +82,14 @@ class DeviceProfile:
     """What was measured, on what, and how.
 
     shapes: sizes of the model's parts by their path in the card (`shapes_of`). ops: by name, those of AXES that the
-    model and the device have. versions: of torch and python. num_processes: how many measured at once, each with
-    num_threads threads.
+    model and the device have. wire: in which dtypes vectors were sent (`wire_name`). versions: of torch and python.
+    num_processes: how many measured at once, each with num_threads threads.
     """
 
     model: str
     shapes: Mapping[str, int]
     dtype: str
+    wire: str
     device: str
     machine: str
     versions: Mapping[str, str]
@@ -104,6 +102,11 @@ class DeviceProfile:
         for name, op in self.ops.items():
             if op.axes != AXES.get(name):
                 raise ValueError(f"{name} has axes {op.axes}, not {AXES.get(name)}")
+
+
+def wire_name(dispatch_dtype: str, combine_dtype: str) -> str:
+    """Return, as profiles have it, in which dtypes vectors are sent."""
+    return f"{dispatch_dtype}, {combine_dtype}"
 
 
 def shapes_of(card: ModelCard) -> dict[str, int]:

@@ -119,6 +119,10 @@ class RooflineCost:
         """Gathering vectors to send: nothing; a spec says what of it counts in `launch_overhead` and `staging`."""
         return np.zeros(vectors_xR.shape)
 
+    def serve_s(self, vectors_xR: Counts) -> Floats:
+        """What an arrival takes beside its experts: nothing, as `pack_s`."""
+        return np.zeros(vectors_xR.shape)
+
     def reduce_s(self, vectors_xR: Counts) -> Floats:
         """Adding up vectors that came back: nothing, as `pack_s`."""
         return np.zeros(vectors_xR.shape)

@@ -6,7 +6,6 @@ of the rank.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,22 +16,12 @@ from epsim.batch import Deployment
 from epsim.measure.decoder import Decoder, KvCache
 from epsim.measure.home_step import dtype_of, home_step, to_tensor
 from epsim.measure.layout import Leg, Part, StepLayout, part_of_leg
-from epsim.measure.wire import Codec, pack_dispatch, unpack_dispatch
+from epsim.measure.wire import Codec, LegIndex, add_returned, pack_dispatch, pack_leg, read_arrival
 from epsim.measure.work import Arrival
 from epsim.scenario.spec import ScenarioSpec
 from epsim.sim import StepPlan
 
 _SEED = 0  # of the weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LegIndex:
-    """A leg as tensors: rows_V of the home tokens; code_N as sent; row_N, choice_N: where the gate weights are."""
-
-    rows_V: Tensor
-    code_N: Tensor
-    row_N: Tensor
-    choice_N: Tensor
 
 
 class ModelWork:
@@ -51,7 +40,7 @@ class ModelWork:
         self._batches = deployment.num_micro_batches
         self._overlap_shared = transmission.overlap_shared
         self._tokens_per_image = card.vision.tokens_per_image if card.vision else 0
-        self._legs: dict[int, tuple[Leg, _LegIndex]] = {}
+        self._legs: dict[int, tuple[Leg, LegIndex]] = {}
         self._local: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._results: dict[tuple[int, int, int], Tensor] = {}
         self.outputs: list[tuple[tuple[int, ...], Tensor, list[int]]] = []
@@ -79,10 +68,10 @@ class ModelWork:
     def _tensor(self, values: Any) -> Tensor:
         return to_tensor(values, self._device)
 
-    def _index(self, leg: Leg) -> _LegIndex:
+    def _index(self, leg: Leg) -> LegIndex:
         """Return a leg's tensors, made when it is first met."""
         if id(leg) not in self._legs:
-            index = _LegIndex(
+            index = LegIndex(
                 rows_V=self._tensor(leg.rows_V),
                 code_N=self._tensor((leg.vector_N * self._num_slots + leg.slot_N).astype(np.int32)),
                 row_N=self._tensor(leg.rows_V[leg.vector_N]),
@@ -132,9 +121,7 @@ class ModelWork:
         return hidden_TH
 
     def pack(self, layer: int, chunk: int, leg: Leg, out: Tensor) -> None:
-        index = self._index(leg)
-        weight_N = self._weights_TK[index.row_N, index.choice_N]
-        pack_dispatch(self._out, self._normed_TH[index.rows_V], index.code_N, weight_N, out)
+        pack_leg(self._out, self._normed_TH, self._weights_TK, self._index(leg), out)
 
     def shared(self, layer: int, batch: int) -> None:
         span = self._now.spans_B[batch]
@@ -170,16 +157,21 @@ class ModelWork:
 
     def _unpacked(self, arrival: Arrival) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return vectors, vector and own slot of each pair, and gate weights of an arrival."""
-        content = arrival.data
-        if isinstance(content, Tensor):
-            content = self._read(content, arrival.num_vectors)
-        vectors, vector_N, slot_N, weight_N = content
-        return vectors, vector_N, slot_N - self._rank * self._slots_per_device, weight_N
+        first_slot = self._rank * self._slots_per_device
+        if isinstance(arrival.data, Tensor):
+            return self._read(arrival.data, arrival.num_vectors, first_slot)
+        vectors, vector_N, slot_N, weight_N = arrival.data
+        return vectors, vector_N, slot_N - first_slot, weight_N
 
-    def _read(self, data: Tensor, num_vectors: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        vectors, code_N, weight_N = unpack_dispatch(self._out, data.to(self._device), num_vectors, self._dtype)
-        code_N = code_N.long()
-        return vectors, code_N // self._num_slots, code_N % self._num_slots, weight_N
+    def _read(self, data: Tensor, num_vectors: int, first_slot: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return read_arrival(
+            self._out,
+            data.to(self._device),
+            num_vectors,
+            self._dtype,
+            num_slots=self._num_slots,
+            first_slot=first_slot,
+        )
 
     def _keep(self, arrival: Arrival, out_VH: Tensor) -> None:
         self._results[arrival.layer, arrival.chunk, arrival.home] = out_VH
@@ -191,8 +183,7 @@ class ModelWork:
         self._back.write(self._result(arrival), out)
 
     def accept(self, layer: int, chunk: int, leg: Leg, data: Tensor) -> None:
-        returned_VH = self._back.read(data.to(self._device), self._dtype)
-        self._hidden_TH.index_add_(0, self._index(leg).rows_V, returned_VH)
+        add_returned(self._back, data.to(self._device), self._index(leg).rows_V, self._hidden_TH)
 
     def finish_layer(self, layer: int, batch: int) -> None:
         """Everything has been added already."""
@@ -200,7 +191,7 @@ class ModelWork:
     # At a gateway.
 
     def split(self, data: Tensor, num_vectors: int, destination: int, out: Tensor | None) -> tuple[Part, Any]:
-        vectors, vector_N, slot_N, weight_N = self._read(data, num_vectors)
+        vectors, vector_N, slot_N, weight_N = self._read(data, num_vectors, 0)
         part = part_of_leg(vector_N.cpu().numpy(), slot_N.cpu().numpy(), self._slots_per_device, destination)
         rows, pairs = self._tensor(part.vectors_V), self._tensor(part.pairs_N)
         renumbered_N = self._tensor(part.vector_N)

@@ -10,19 +10,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from epsim.cost.profile import AXES, DeviceProfile, OpTable, shapes_of
+from epsim.cost.profile import AXES, DeviceProfile, OpTable, shapes_of, wire_name
 from epsim.errors import InputError
 from epsim.measure.device_plan import grids, plan_cells
 from epsim.measure.device_run import Job, Samples, measure_cells
 from epsim.measure.ranges import Ranges
+from epsim.measure.wire import Wire
 from epsim.model import ModelCard
+from epsim.run import model_and_cluster
+from epsim.scenario.spec import ScenarioSpec
+
+
+def wire_of(spec: ScenarioSpec) -> Wire:
+    """Return how a scenario's vectors travel; with dedup a vector has its share of the top k, at least 1 pair."""
+    model, cluster = model_and_cluster(spec)
+    transmission = spec.transmission
+    return Wire(
+        dispatch_dtype=transmission.dispatch_dtype,
+        combine_dtype=transmission.combine_dtype,
+        pairs_per_vector=1 if transmission.dedup == "none" else max(1, model.topk // cluster.num_devices),
+    )
 
 
 def prepare(
     card: ModelCard,
     ranges: Ranges,
     *,
-    wire: str,
+    wire: Wire,
     device: str = "cpu",
     num_processes: int = 1,
     num_threads: int | None = None,
@@ -30,15 +44,14 @@ def prepare(
 ) -> Job:
     """Return the measurement of a model's parts, in float32 on the CPU, in bfloat16 on CUDA.
 
-    wire: "bf16" or "fp8", how vectors are sent. num_threads: of each process, by default its share of the cores.
-    repeats: samples of a cell and process. Raises InputError for a device that is not there.
+    num_threads: of each process, by default its share of the cores. repeats: samples of a cell and process.
+    Raises InputError for a device that is not there.
     """
     where = _device(device)
     on_host = where.type == "cpu"
     dtype = torch.float32 if on_host else torch.bfloat16
-    cast = None if wire == "bf16" and dtype == torch.bfloat16 else wire
     hidden_bytes = card.hidden_size * dtype.itemsize
-    found = grids(card, ranges, wire=cast, on_host=on_host, hidden_bytes=hidden_bytes)
+    found = grids(card, ranges, on_host=on_host, hidden_bytes=hidden_bytes)
     tokens_per_image = 1 if card.vision is None else card.vision.tokens_per_image
     return Job(
         card=card,
@@ -46,7 +59,7 @@ def prepare(
         settings=plan_cells(found, topk=card.topk, hidden_bytes=hidden_bytes, tokens_per_image=tokens_per_image),
         device=str(where),
         dtype=str(dtype).removeprefix("torch."),
-        wire=cast,
+        wire=wire,
         num_processes=num_processes,
         num_threads=max(1, (os.cpu_count() or 1) // num_processes) if num_threads is None else num_threads,
         repeats=repeats,
@@ -64,6 +77,7 @@ def measure_device(job: Job, advance: Callable[[], None] = lambda: None) -> Devi
         model=job.card.name,
         shapes=shapes_of(job.card),
         dtype=job.dtype,
+        wire=wire_name(job.wire.dispatch_dtype, job.wire.combine_dtype),
         device=cpu if job.device == "cpu" else torch.cuda.get_device_name(job.device),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {cpu}",
         versions={"torch": torch.__version__, "python": platform.python_version()},
@@ -98,7 +112,8 @@ def summary(profile: DeviceProfile) -> dict[str, Any]:
                 },
             }
         )
-    words = f"{profile.model} in {profile.dtype} on {profile.device}; {profile.num_processes} at once, "
+    words = f"{profile.model} in {profile.dtype} on {profile.device}, vectors sent in {profile.wire}; "
+    words += f"{profile.num_processes} at once, "
     return {"title": words + f"{profile.num_threads} threads each, torch {profile.versions['torch']}", "ops": rows}
 
 

@@ -14,25 +14,35 @@ from epsim.measure.clock import Laps, clock_of
 from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
 from epsim.measure.device_plan import ONCE_A_PASS, Cell, Setting
 from epsim.measure.ranges import Ranges
+from epsim.measure.wire import (
+    Codec,
+    LegIndex,
+    Wire,
+    add_returned,
+    dispatch_bytes,
+    pack_dispatch,
+    pack_leg,
+    read_arrival,
+)
 from epsim.model import ModelCard
-
-WIRE_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 class Bench:
     """A decoder with as many experts in each layer as a device of the scenario has, its cache full of numbers."""
 
     def __init__(
-        self, card: ModelCard, ranges: Ranges, *, device: torch.device, dtype: torch.dtype, wire: str | None
+        self, card: ModelCard, ranges: Ranges, *, device: torch.device, dtype: torch.dtype, wire: Wire
     ) -> None:
         self._device, self._dtype, self._topk = device, dtype, card.topk
-        self._wire, self._wire_dtype = wire, None if wire is None else WIRE_DTYPES[wire]
+        self._out = Codec(hidden_size=card.hidden_size, dtype=wire.dispatch_dtype)
+        self._back = Codec(hidden_size=card.hidden_size, dtype=wire.combine_dtype)
+        self._pairs_per_vector = wire.pairs_per_vector
+        self._buffers: dict[str, Tensor] = {}
         self._num_experts, self._num_slots = card.num_experts, ranges.experts
         self._num_dense_layers = card.num_dense_layers
         layers = len(card.moe_layer_ids)
         experts_LX = np.tile(np.arange(ranges.experts, dtype=np.int32) % card.num_experts, (layers, 1))
         self._decoder = Decoder(card, experts_LX=experts_LX, seed=0, device=device, dtype=dtype)
-        self._generator = torch.Generator(device).manual_seed(0)
         most = max(ranges.context[1], ranges.prompt[1])
         self._cache = KvCache(card, num_requests=ranges.requests, max_tokens=most, device=device, dtype=dtype)
         self._fill_cache(ranges.requests, most)
@@ -41,17 +51,12 @@ class Bench:
         self.num_layers = layers
         self._batch = lru_cache(maxsize=4)(self._make_batch)
         self._pairs = lru_cache(maxsize=64)(self._make_pairs)
-        self._returned = self._numbers(1)
 
     def _fill_cache(self, requests: int, tokens: int) -> None:
         rows, lengths = range(requests), [tokens] * requests
         for layer in range(self._decoder.num_layers):
             flat = self._cache.rows(layer, rows, lengths)
             self._cache.load(layer, rows, lengths, torch.randn_like(flat))
-
-    def _numbers(self, num_vectors: int) -> Tensor:
-        shape = (num_vectors, self._decoder.card.hidden_size)
-        return torch.randn(shape, generator=self._generator, device=self._device).to(self._dtype)
 
     @torch.inference_mode()
     def run(self, setting: Setting, number: int) -> Laps:
@@ -106,16 +111,16 @@ class Bench:
         return hidden_TH
 
     def _time_moe(self, setting: Setting, layer: int, hidden_TH: Tensor) -> None:
-        """Router, gathering, copies, shared and routed experts, sums; at sizes of their own, next to one another."""
+        """Router, messages, copies, shared and routed experts, sums; at sizes of their own, next to one another."""
         clock, decoder = self._clock, self._decoder
         cell = self._next(setting, "router")
         given_TH = hidden_TH if cell is None else _repeated(hidden_TH, cell.at[0])
         ids_TK = torch.arange(len(given_TH) * self._topk, device=self._device).view(-1, self._topk) % self._num_experts
         clock.start()
-        normed_TH, _ = decoder.route(layer, given_TH, ids_TK)
+        normed_TH, weights_TK = decoder.route(layer, given_TH, ids_TK)
         if cell is not None:
             clock.lap(cell)
-        self._time_way_out(setting, normed_TH)
+        self._time_way_out(setting, normed_TH, weights_TK)
         if cell := self._next(setting, "shared_experts"):
             given_TH = _repeated(normed_TH, cell.at[0])
             clock.start()
@@ -127,19 +132,16 @@ class Bench:
             clock.start()
             decoder.experts(layer, given_VH, *pairs)
             clock.lap(cell)
+        if cell := self._next(setting, "serve"):
+            self._time_serve(cell, normed_TH)
         self._time_way_back(setting, hidden_TH)
 
-    def _time_way_out(self, setting: Setting, normed_TH: Tensor) -> None:
+    def _time_way_out(self, setting: Setting, normed_TH: Tensor, weights_TK: Tensor) -> None:
         clock = self._clock
         if cell := self._next(setting, "pack"):
-            index_V = self._index(cell.at[0], len(normed_TH))
+            index, out = self._leg_index(cell.at[0], len(normed_TH)), self._dispatch("out", cell.at[0])
             clock.start()
-            normed_TH.index_select(0, index_V)
-            clock.lap(cell)
-        if cell := self._next(setting, f"to_{self._wire}"):
-            given_VH = _repeated(normed_TH, cell.at[0])
-            clock.start()
-            given_VH.to(self._wire_dtype)
+            pack_leg(self._out, normed_TH, weights_TK, index, out)
             clock.lap(cell)
         if cell := self._next(setting, "to_host"):
             given_VH = _repeated(normed_TH, self._vectors_of(cell))
@@ -148,6 +150,17 @@ class Bench:
             pinned_VH.copy_(given_VH, non_blocking=True)
             clock.lap(cell)
 
+    def _time_serve(self, cell: Cell, normed_TH: Tensor) -> None:
+        num_vectors = cell.at[0]
+        index, data = self._leg_index(num_vectors, len(normed_TH)), self._dispatch("in", num_vectors)
+        given_VH, out = _repeated(normed_TH, num_vectors), self._combine("out", num_vectors)
+        pack_dispatch(self._out, given_VH, index.code_N, torch.ones_like(index.code_N), data)
+        slots = {"num_slots": self._num_slots, "first_slot": 0}
+        self._clock.start()
+        read_arrival(self._out, data, num_vectors, self._dtype, **slots)
+        self._back.write(given_VH, out)
+        self._clock.lap(cell)
+
     def _time_way_back(self, setting: Setting, hidden_TH: Tensor) -> None:
         clock = self._clock
         if cell := self._next(setting, "to_device"):
@@ -155,18 +168,12 @@ class Bench:
             clock.start()
             given_VH.to(self._device, non_blocking=True)
             clock.lap(cell)
-        if cell := self._next(setting, f"from_{self._wire}"):
-            given_VH = _repeated(hidden_TH, cell.at[0]).to(self._wire_dtype)
-            clock.start()
-            given_VH.to(self._dtype)
-            clock.lap(cell)
         if cell := self._next(setting, "reduce"):
-            if len(self._returned) < cell.at[0]:
-                self._returned = self._numbers(cell.at[0])
-            given_VH, index_V = self._returned[: cell.at[0]], self._index(cell.at[0], len(hidden_TH))
+            data, rows_V = self._combine("in", cell.at[0]), self._rows(cell.at[0], len(hidden_TH))
+            self._back.write(_repeated(hidden_TH, cell.at[0]), data)
             sums_TH = hidden_TH.clone()
             clock.start()
-            sums_TH.index_add_(0, index_V, given_VH)
+            add_returned(self._back, data, rows_V, sums_TH)
             clock.lap(cell)
 
     def _vectors_of(self, cell: Cell) -> int:
@@ -176,9 +183,30 @@ class Bench:
     def _pinned(like_VH: Tensor) -> Tensor:
         return torch.empty(like_VH.shape, dtype=like_VH.dtype, pin_memory=True)
 
-    def _index(self, num_vectors: int, num_tokens: int) -> Tensor:
+    def _dispatch(self, name: str, num_vectors: int) -> Tensor:
+        return self._buffer(name, dispatch_bytes(self._out, num_vectors, num_vectors * self._pairs_per_vector))
+
+    def _combine(self, name: str, num_vectors: int) -> Tensor:
+        return self._buffer(name, num_vectors * self._back.vector_bytes)
+
+    def _buffer(self, name: str, num_bytes: int) -> Tensor:
+        """Return so many bytes of memory that has been used before, as messages are."""
+        if name not in self._buffers or len(self._buffers[name]) < num_bytes:
+            self._buffers[name] = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        return self._buffers[name][:num_bytes]
+
+    def _rows(self, num_vectors: int, num_tokens: int) -> Tensor:
         """Return the tokens of so many vectors: ascending, each as often as it must be."""
         return torch.arange(num_vectors, device=self._device) * num_tokens // num_vectors
+
+    def _leg_index(self, num_vectors: int, num_tokens: int) -> LegIndex:
+        """Return a dispatch of so many vectors, all with as many pairs."""
+        rows_V, each = self._rows(num_vectors, num_tokens), self._pairs_per_vector
+        number_N = torch.arange(num_vectors * each, device=self._device)
+        code_N = (number_N // each * self._num_slots + number_N % self._num_slots).to(torch.int32)
+        return LegIndex(
+            rows_V=rows_V, code_N=code_N, row_N=rows_V.repeat_interleave(each), choice_N=number_N % self._topk
+        )
 
     def _make_batch(self, cell: Cell) -> AttentionBatch:
         requests, tokens = cell.at

@@ -65,13 +65,10 @@ def doubling(first: int, last: int, *, coarse: bool = False) -> list[int]:
     return values if first == last else [*values, last]
 
 
-def grids(
-    card: ModelCard, ranges: Ranges, *, wire: str | None, on_host: bool, hidden_bytes: int
-) -> dict[str, list[At]]:
+def grids(card: ModelCard, ranges: Ranges, *, on_host: bool, hidden_bytes: int) -> dict[str, list[At]]:
     """Return the cells of every operation that the model has.
 
-    wire: "bf16" or "fp8" if vectors change their type to be sent. on_host: the device shares the host's memory.
-    hidden_bytes: of a vector in the device's type.
+    on_host: the device shares the host's memory. hidden_bytes: of a vector in the device's type.
     """
     requests = doubling(1, ranges.requests)
     tokens: list[At] = [(n,) for n in doubling(1, ranges.tokens, coarse=True)]
@@ -84,6 +81,7 @@ def grids(
         "router": tokens,
         "experts": _experts(ranges, card.topk),
         "pack": vectors,
+        "serve": vectors,
         "reduce": vectors,
         "head": [(q,) for q in requests],
     }
@@ -93,8 +91,6 @@ def grids(
         found["shared_experts"] = tokens
     if ranges.images:
         found["vision"] = [(n,) for n in doubling(1, ranges.images)]
-    if wire is not None:
-        found |= {f"to_{wire}": vectors, f"from_{wire}": vectors}
     if not on_host:
         found |= {op: [(n * hidden_bytes,) for (n,) in vectors] for op in ("to_host", "to_device")}
     return found

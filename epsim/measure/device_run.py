@@ -21,6 +21,7 @@ from epsim.errors import CapacityError, EpsimError
 from epsim.measure.device_pass import Bench
 from epsim.measure.device_plan import Cell, Setting
 from epsim.measure.ranges import Ranges
+from epsim.measure.wire import Wire
 from epsim.model import ModelCard
 
 ROUNDS = 3
@@ -31,14 +32,14 @@ Samples = dict[Cell, list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What each process does. dtype: as torch names it. wire: `grids`. repeats: samples of a cell and process."""
+    """What each process does. dtype: as torch names it. repeats: samples of a cell and process."""
 
     card: ModelCard
     ranges: Ranges
     settings: Sequence[Setting]
     device: str
     dtype: str
-    wire: str | None
+    wire: Wire
     num_processes: int
     num_threads: int
     repeats: int

@@ -66,14 +66,19 @@ class _Waits:
     @classmethod
     def of(cls, plan: StepPlan, rank: int) -> Self:
         batches = plan.batches
-        together = [batch.experts_s_LR + (0 if batch.overlap_shared else batch.shared_s_LR) for batch in batches]
+        together = [
+            batch.experts_s_LR
+            + batch.served_s_LCRR.sum(axis=(1, 2))
+            + (0 if batch.overlap_shared else batch.shared_s_LR)
+            for batch in batches
+        ]
         local_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
         return cls(
             front_BL=[batch.front_s_LR[:, rank].tolist() for batch in batches],
             shared_BL=[batch.shared_s_LR[:, rank].tolist() for batch in batches],
             experts_BL=[times_LR[:, rank].tolist() for times_LR in together],
             local_L=local_LR[:, rank].tolist(),
-            remote_LCR=plan.remote_s_LCRR[:, :, :, rank].tolist(),
+            remote_LCR=(plan.remote_s_LCRR + plan.served_s_LCRR)[:, :, :, rank].tolist(),
             head_s=float(plan.head_s_R[rank]),
         )
 

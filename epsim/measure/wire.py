@@ -1,8 +1,9 @@
-"""Messages as bytes: `Codec` for hidden vectors, `pack_dispatch`, `unpack_dispatch`.
+"""Messages as bytes: `Codec` for hidden vectors, `pack_dispatch`, `unpack_dispatch`; and what ranks do around them:
+`pack_leg`, `read_arrival`, `add_returned`.
 
 A dispatch is vectors, then an int32 code per pair (vector * slots of all ranks + physical expert), then a float32 gate
-weight per pair: the bytes that `epsim.traffic.MessageFormat` counts. A combine is vectors alone. V vectors, N pairs,
-H hidden size.
+weight per pair: the bytes that `epsim.traffic.MessageFormat` counts. A combine is vectors alone. T home tokens, K
+top-k, V vectors, N pairs, H hidden size.
 """
 
 from dataclasses import dataclass
@@ -62,6 +63,53 @@ class Codec:
         values = data[:split].view(torch.float8_e4m3fn).view(num_vectors, -1).float()
         scale = data[split:].contiguous().view(torch.float32).view(num_vectors, -1)
         return values * scale.repeat_interleave(_SCALE_VALUES, dim=1)[:, : self.hidden_size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegIndex:
+    """What of a home's tokens goes into a dispatch, as tensors.
+
+    rows_V: int64, the tokens. code_N: int32, as sent. row_N, choice_N: int64, where the gate weights are.
+    """
+
+    rows_V: torch.Tensor
+    code_N: torch.Tensor
+    row_N: torch.Tensor
+    choice_N: torch.Tensor
+
+
+def pack_leg(
+    codec: Codec, vectors_TH: torch.Tensor, weights_TK: torch.Tensor, index: LegIndex, out: torch.Tensor
+) -> None:
+    """Gather a leg's vectors and gate weights and write them as a dispatch."""
+    weight_N = weights_TK[index.row_N, index.choice_N]
+    pack_dispatch(codec, vectors_TH[index.rows_V], index.code_N, weight_N, out)
+
+
+def read_arrival(
+    codec: Codec, data: torch.Tensor, num_vectors: int, dtype: torch.dtype, *, num_slots: int, first_slot: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return vectors [V, H], vector and slot of each pair, int64 [N], and gate weights of a dispatch message.
+
+    num_slots: of all ranks. first_slot: slots are counted from it.
+    """
+    vectors, code_N, weight_N = unpack_dispatch(codec, data, num_vectors, dtype)
+    code_N = code_N.long()
+    return vectors, code_N // num_slots, code_N % num_slots - first_slot, weight_N
+
+
+def add_returned(codec: Codec, data: torch.Tensor, rows_V: torch.Tensor, sums_TH: torch.Tensor) -> None:
+    """Add the vectors of a combine message to the rows of the tokens that they belong to."""
+    sums_TH.index_add_(0, rows_V, codec.read(data, sums_TH.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """How vectors travel: their dtypes, and the (vector, expert) pairs that a dispatch has of each vector."""
+
+    dispatch_dtype: Dtype
+    combine_dtype: Dtype
+    pairs_per_vector: int
 
 
 def dispatch_bytes(codec: Codec, num_vectors: int, num_pairs: int) -> int:

@@ -83,12 +83,13 @@ def _recursion(plan: StepPlan, exchange: tuple[Floats, ...], network: Network) -
     """Run the recursion of the plan's mode: idle times by layer, when fronts end, and when devices are done."""
     overlapped = [batch.overlap_shared * batch.shared_s_LR for batch in plan.batches]
     experts = [
-        batch.experts_s_LR + batch.shared_s_LR - own for batch, own in zip(plan.batches, overlapped, strict=True)
+        batch.experts_copy_s_LR + batch.experts_s_LR + batch.shared_s_LR - own
+        for batch, own in zip(plan.batches, overlapped, strict=True)
     ]
     times: tuple[Floats, ...]
     if plan.mode == "async":
         local_s_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
-        remote_s_LFC = _by_flow(plan.remote_s_LCRR)
+        remote_s_LFC = _by_flow(plan.remote_s_LCRR + plan.served_s_LCRR)
         times = asynchronous(plan.front_s_LR, plan.host_s_LR, local_s_LR, remote_s_LFC, exchange, network)
     elif plan.mode == "sync":
         times = sync(plan.front_s_LR, plan.host_s_LR, overlapped[0], experts[0], exchange, network)

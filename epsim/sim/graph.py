@@ -87,7 +87,7 @@ def _add_async(b: GraphBuilder, plan: StepPlan, starts_LR: Ints) -> tuple[Ints, 
     _send_kv(b, plan, kv, local_LR)
     index, delivery = _add_dispatch(b, plan, starts_LR[:-1], local_LR, starts_LR[1:])
     layer, _, source, destination = index
-    remote_s = plan.remote_s_LCRR[index] + plan.receive_s_R[destination]
+    remote_s = plan.remote_s_LCRR[index] + plan.receive_s_R[destination] + plan.served_s_LCRR[index]
     remote = b.compute(Work.REMOTE_EXPERTS, layer, destination, source, remote_s)
     b.edge(delivery, remote)
     b.edge(local_LR[layer, destination], remote)

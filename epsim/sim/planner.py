@@ -75,7 +75,7 @@ class StepPlanner:
             **self._expert_times(traffic),
             **messages,
             copy_s_LR=self._copy_s_LR(messages),
-            **self._pack_times(traffic),
+            **self._message_times(traffic),
             gateway_RN=self._gateway_RN,
             node_of_device_R=self._node_of_device_R,
             kv_bytes_LRR=self._kv_bytes(kv_tokens_RR, num_layers),
@@ -139,17 +139,19 @@ class StepPlanner:
             times["experts_s_LR"] = self._barrier_factor_R * experts_s_LR
         return times
 
-    def _pack_times(self, traffic: StepTraffic) -> dict[str, Floats]:
-        """What homes gather and add up: a kernel per chunk for all vectors that leave, and for all that come back."""
-        off_RR = 1 - np.eye(len(self._node_of_device_R), dtype=np.int64)
+    def _message_times(self, traffic: StepTraffic) -> dict[str, Floats]:
+        """What homes do for each message that leaves and that comes back, and devices for each that arrives."""
         vectors_LCRR = traffic.pairs_LCRR if self._transmission.dedup == "none" else traffic.tokens_LCRR
+        arrived_LCRR = vectors_LCRR * (1 - np.eye(len(self._node_of_device_R), dtype=np.int64))
+        sent_LCRX = arrived_LCRR  # by home and destination
         if self._gateway_RN is not None:
-            off_RR *= self._node_of_device_R[:, None] == self._node_of_device_R
-        vectors_LCR = (vectors_LCRR * off_RR).sum(axis=3) + self._across_nodes(traffic)[0].sum(axis=3)
-        cost, factor_R = self._cost, self._barrier_factor_R
+            near_RR = self._node_of_device_R[:, None] == self._node_of_device_R
+            sent_LCRX = np.concatenate((arrived_LCRR * near_RR, self._across_nodes(traffic)[0]), axis=3)
+        cost, factor_R, sent_LCXR = self._cost, self._barrier_factor_R, sent_LCRX.swapaxes(2, 3)
         return {
-            "pack_s_LR": factor_R * cost.pack_s(vectors_LCR).sum(axis=1),
-            "reduce_s_LR": factor_R * cost.reduce_s(vectors_LCR).sum(axis=1),
+            "pack_s_LR": factor_R * cost.pack_s(sent_LCXR).sum(axis=(1, 2)),
+            "serve_s_LCRR": factor_R * cost.serve_s(arrived_LCRR),
+            "reduce_s_LR": factor_R * cost.reduce_s(sent_LCXR).sum(axis=(1, 2)),
         }
 
     def _copy_s_LR(self, messages: dict[str, Floats]) -> Floats:

@@ -39,8 +39,9 @@ class StepPlan:
     that follows them), router_s_LR: until a layer's dispatch. home_experts_s_LR: experts computed before the dispatch
     (tensor and data parallelism). shared_s_LR: shared experts, at the home. host_s_LR: the least time from the start of
     a layer (of the first: with the vision encoder) to the start of the next, in which the host launches it.
-    pack_s_LR: gathering the vectors that a home sends, between its router and the dispatch. reduce_s_LR: adding up
-    those that came back, before the next layer or the head.
+    pack_s_LR: making the messages that a home sends, between its router and the dispatch. reduce_s_LR: adding up what
+    came back, before the next layer or the head. serve_s_LCRR[:, c, s, d]: what the arrival of chunk c of s takes d
+    beside its experts, directly before them (None: nothing).
     copy_s_LR: what transfers take from the compute of a device, in mode async before its local experts, in mode
     two_batch before its front. message_costs: what each message takes; step_s_R: after the head (both None for none).
     experts_s_LR: routed experts of a device in one kernel (sync, two_batch). local_s_LR: those for its own tokens, and
@@ -86,6 +87,7 @@ class StepPlan:
     barriers: Barriers = "all"
     message_costs: MessageCosts | None = None
     step_s_R: Floats | None = None
+    serve_s_LCRR: Floats | None = None
 
     def __post_init__(self) -> None:
         num_layers, num_chunks, num_devices, _ = self.dispatch_bytes_LCRR.shape
@@ -146,12 +148,13 @@ class StepPlan:
 
     @property
     def experts_copy_s_LR(self) -> Floats:
-        """What messages take before the (in mode async local) experts; receiving, but in mode async copies."""
+        """What messages take before the (async: local) experts; receiving and serving, but in mode async copies."""
         if self.mode == "async":
             return self.copy_s_LR
+        served_s_LR = self.served_s_LCRR.sum(axis=(1, 2))
         if not self.receive_s_R.any():
-            return np.zeros_like(self.copy_s_LR)
-        return np.asarray(self.out.count_LRR.sum(axis=1) * self.receive_s_R)
+            return np.asarray(served_s_LR)
+        return np.asarray(self.out.count_LRR.sum(axis=1) * self.receive_s_R + served_s_LR)
 
     @functools.cached_property
     def results_s_LR(self) -> Floats:
@@ -164,6 +167,11 @@ class StepPlan:
                 self.dispatch_bytes_LCRR > 0, self.node_dispatch_bytes_LCRN
             )
         return np.asarray(count_LR * self.receive_s_R + self.reduce_s_LR)
+
+    @property
+    def served_s_LCRR(self) -> Floats:
+        """What each arrival takes a device beside its experts, when it has been received."""
+        return np.zeros_like(self.remote_s_LCRR) if self.serve_s_LCRR is None else self.serve_s_LCRR
 
     @property
     def receive_s_R(self) -> Floats:
@@ -219,6 +227,7 @@ class StepPlan:
     def _copy_s_R(self) -> Floats:
         """What transfers and messages take, without the KV cache that leaves when a device has ended its step."""
         copy_s_R: Floats = self.pack_s_LR.sum(axis=0) + self.reduce_s_LR.sum(axis=0)
+        copy_s_R = copy_s_R + self.served_s_LCRR.sum(axis=(0, 1, 2))
         if self.mode != "sync":
             copy_s_R = copy_s_R + self.copy_s_LR.sum(axis=0)
         if self.message_costs is None:

@@ -191,6 +191,7 @@ def _random_plan(rng: Rng, cluster: Cluster, shape: Shape) -> StepPlan:
         kv_bytes_LRR=message_bytes(kv_LRR & ~np.eye(num_devices, dtype=bool)),
         overlap_kv=shape.overlap_kv,
         overlap_shared=shape.overlap_shared,
+        serve_s_LCRR=durations(*sends_LCRR.shape) * sends_LCRR,
     )
 
 
