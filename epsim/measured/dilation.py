@@ -22,6 +22,13 @@ def dilated(spec: ScenarioSpec, slowdown: float) -> ScenarioSpec:
     return spec.model_copy(update={"cluster": cluster.model_copy(update={"device_types": types, "links": links})})
 
 
+def without_messages(spec: ScenarioSpec) -> ScenarioSpec:
+    """Return the scenario without what messages cost devices: real ones cost what they cost."""
+    kinds = spec.cluster.device_types.items()
+    types = {name: kind.model_copy(update={"messaging": None, "step_overhead": 0.0}) for name, kind in kinds}
+    return spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"device_types": types})})
+
+
 def _slower_type(kind: Any, slowdown: float) -> dict[str, Any]:
     changed = {name: getattr(kind, name) / slowdown for name in _RATES}
     changed |= {name: getattr(kind, name) * slowdown for name in _TIMES}
