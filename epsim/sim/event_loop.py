@@ -23,6 +23,7 @@ def execute(tasks, devices, links, flows, state, routes_RRH, successors, reached
     completed.pop()
     choosing = [0]  # links that look at their opposite direction before they take their next segment
     choosing.pop()
+    chosen = 0  # how many of them have, of this instant
     entries = np.zeros(1024, _ENTRY)
     for task in range(len(tasks)):
         if tasks[task].waiting_for == 0:
@@ -32,40 +33,42 @@ def execute(tasks, devices, links, flows, state, routes_RRH, successors, reached
         while len(completed) > 0:
             _complete(completed.pop(), now, tasks, devices, flows, state, successors, events, completed)
         # Only when this instant has no more events do idle devices choose, so that ties follow the queue's order;
-        # before them, together, the links whose time for a segment depends on what the opposite direction does.
-        if len(events) == 0 or events[0][0] > now:
-            if len(choosing) > 0:
-                for link in choosing:
-                    if links[link].entry < 0 and links[link].head >= 0:
-                        _serve(link, now, tasks, links, flows, state, entries, routes_RRH, reached, events)
+        # before them, one after the other, the links whose time for a segment depends on their opposite direction.
+        settled = len(events) == 0 or events[0][0] > now
+        if len(choosing) > 0 and (settled or chosen > 0):
+            link = choosing[chosen]
+            chosen += 1
+            if chosen == len(choosing):
                 choosing.clear()
-                continue
-            _start_devices(now, tasks, devices, state, events)
-            if len(events) == 0:
-                break
-        now, _, what, subject, hop = heapq.heappop(events)
-        if what == _COMPUTE_DONE:
-            devices[tasks[subject].source].busy = False
-            completed.append(subject)
-            continue
-        if what == _SEGMENT_ARRIVES:
-            link = _link_of(subject, hop, tasks, routes_RRH)
-            if link < 0:
-                reached[subject, -1] += 1
-                if reached[subject, -1] == tasks[subject].num_segments:
-                    completed.append(subject)
-                continue
-            if state[0].free_entry < 0 and state[0].used_entries == len(entries):
-                entries = np.append(entries, np.zeros_like(entries))
-            _queue_entry(_new_entry(state, entries), link, subject, hop, now, links, entries)
+                chosen = 0
         else:
-            link = subject
-            _free_link(link, now, tasks, links, flows, state, entries)
-        if links[link].entry < 0 and links[link].head >= 0:
+            if settled:
+                _start_devices(now, tasks, devices, state, events)
+                if len(events) == 0:
+                    break
+            now, _, what, subject, hop = heapq.heappop(events)
+            if what == _COMPUTE_DONE:
+                devices[tasks[subject].source].busy = False
+                completed.append(subject)
+                continue
+            if what == _SEGMENT_ARRIVES:
+                link = _link_of(subject, hop, tasks, routes_RRH)
+                if link < 0:
+                    reached[subject, -1] += 1
+                    if reached[subject, -1] == tasks[subject].num_segments:
+                        completed.append(subject)
+                    continue
+                if state[0].free_entry < 0 and state[0].used_entries == len(entries):
+                    entries = np.append(entries, np.zeros_like(entries))
+                _queue_entry(_new_entry(state, entries), link, subject, hop, now, links, entries)
+            else:
+                link = subject
+                _free_link(link, now, tasks, links, flows, state, entries)
             if links[link].opposite >= 0:
                 choosing.append(link)
-            else:
-                _serve(link, now, tasks, links, flows, state, entries, routes_RRH, reached, events)
+                continue
+        if links[link].entry < 0 and links[link].head >= 0:
+            _serve(link, now, tasks, links, flows, state, entries, routes_RRH, reached, events)
 
 
 @numba.njit(cache=True)
@@ -213,14 +216,16 @@ def _serve(link, now, tasks, links, flows, state, entries, routes_RRH, reached, 
 @numba.njit(cache=True)
 def _time_at_rate(link, wire_bytes, now, links):  # type: ignore[no-untyped-def]
     """Return how long the link takes for these bytes, less those that its token bucket lets through at once."""
-    free_bytes = 0.0
+    spent_bytes = 0.0
     if links[link].burst_bytes > 0.0:
         refilled_bytes = (now - links[link].credit_at_s) * links[link].bytes_per_s
-        free_bytes = min(links[link].burst_bytes, links[link].credit_bytes + refilled_bytes)
-    held_s = (wire_bytes - min(wire_bytes, free_bytes)) / links[link].bytes_per_s
+        links[link].credit_bytes = min(links[link].burst_bytes, links[link].credit_bytes + refilled_bytes)
+        spent_bytes = min(wire_bytes, links[link].credit_bytes)
+        links[link].credit_bytes -= spent_bytes
+    held_s = (wire_bytes - spent_bytes) / links[link].bytes_per_s
     opposite = links[link].opposite
     if opposite >= 0 and (links[opposite].entry >= 0 or links[opposite].head >= 0):
         held_s *= links[link].ack_factor
-    links[link].credit_bytes = free_bytes - min(wire_bytes, free_bytes)
-    links[link].credit_at_s = now + held_s
+    if links[link].burst_bytes > 0.0:
+        links[link].credit_at_s = now + held_s
     return held_s
