@@ -15,7 +15,6 @@ from epsim.cluster import Cluster, build_cluster
 from epsim.errors import InputError
 from epsim.measure.launch import launch
 from epsim.measure.topology import shape_of
-from epsim.measured.dilation import without_messages
 from epsim.measured.folder import DEVICE_FILE, FILE, MeasuredRuns
 from epsim.measured.grid import Cell, cells_of, network_key
 from epsim.measured.network_profile import SIZES

@@ -95,20 +95,22 @@ class NetworkProfile:
     def _fit(self, pair: Mapping[str, Any], cluster: Cluster) -> LinkFit:
         sizes_N = np.array([cell["bytes"] for cell in pair["cells"]], dtype=np.float64)
         one_way_N = np.array([cell["one_way"]["s"] for cell in pair["cells"]])
-        both_N = np.array([cell["both_ways"]["s"] for cell in pair["cells"]])
+        # What a wire takes is nearer to the lower quartile: other work on the machine only makes it longer.
+        wire_N, both_N = (np.array([cell[way]["p25_s"] for cell in pair["cells"]]) for way in ("one_way", "both_ways"))
         narrow = min(cluster.route(*pair["pair"]), key=lambda link: link.bytes_per_s)
         if self.shapes is None:
             return self._fit_unshaped(sizes_N, one_way_N)
         burst = next(s["burst"] for s in self.shapes if np.isclose(s["bandwidth"], narrow.bytes_per_s))
         base_s = float(np.median(one_way_N[sizes_N <= _SMALL_BYTES]))
+        fastest_s = float(np.median(wire_N[sizes_N <= _SMALL_BYTES]))
         long_N = sizes_N > 2 * burst
-        wire_N = (one_way_N[long_N] - base_s) * narrow.bytes_per_s + burst  # f n + h
-        weight_N = 1 / one_way_N[long_N]
+        wire_bytes_N = (wire_N[long_N] - fastest_s) * narrow.bytes_per_s + burst  # f n + h
+        weight_N = 1 / wire_N[long_N]
         design = np.stack([sizes_N[long_N], np.ones(long_N.sum())], axis=1)
-        factor, header = np.linalg.lstsq(design * weight_N[:, None], wire_N * weight_N, rcond=None)[0]
+        factor, header = np.linalg.lstsq(design * weight_N[:, None], wire_bytes_N * weight_N, rcond=None)[0]
         header = max(0.0, float(header))
         predicted_N = base_s + np.maximum(0.0, factor * sizes_N + header - burst) / narrow.bytes_per_s
-        slower = (both_N[-1] - base_s) / max(one_way_N[-1] - base_s, 1e-9) - 1
+        slower = (both_N[-1] - fastest_s) / max(wire_N[-1] - fastest_s, 1e-9) - 1
         return LinkFit(
             latency_s=max(0.0, base_s - self.send_overhead_s),
             frame_overhead=max(0.0, float(factor) - 1),
