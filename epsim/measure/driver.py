@@ -15,6 +15,8 @@ from epsim.cluster import Cluster, build_cluster
 from epsim.errors import InputError
 from epsim.measure.launch import launch
 from epsim.measure.topology import shape_of
+from epsim.measured.dilation import without_messages
+from epsim.measured.dry_run import MODES, dry_spec
 from epsim.measured.folder import DEVICE_FILE, FILE, MeasuredRuns
 from epsim.measured.grid import Cell, cells_of, network_key
 from epsim.measured.network_profile import SIZES
@@ -68,7 +70,13 @@ def measure_network(spec: ScenarioSpec, options: RunOptions, run_job: RunJob) ->
     cluster = build_cluster(spec.cluster.model_dump())
     said: dict[str, Any] = {}
     job = options.job(
-        "network", pairs=_pairs(cluster), sizes=list(SIZES), repeats=PING_PONGS, pause=options.pause, way=options.way
+        "network",
+        pairs=_pairs(cluster),
+        sizes=list(SIZES),
+        repeats=PING_PONGS,
+        pause=options.pause,
+        way=options.way,
+        dry={mode: dry_spec(without_messages(spec), mode).model_dump(mode="json", by_alias=True) for mode in MODES},
     )
     run_job(cluster, job, said.update)
     shapes = None
@@ -179,7 +187,10 @@ def _launch(
         elif "machine" in line:
             done["machine"] = line["machine"]
 
-    jobs = [{"id": number, "scenario": cells[number].spec.model_dump(mode="json", by_alias=True)} for number in numbers]
+    jobs = [
+        {"id": number, "scenario": without_messages(cells[number].spec).model_dump(mode="json", by_alias=True)}
+        for number in numbers
+    ]
     job = options.job("run", cells=jobs, runs=options.num_runs, emulated=options.emulated, way=way)
     cluster = build_cluster(cells[numbers[0]].spec.cluster.model_dump())
     run_job(cluster, job, hear)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from epsim.measure.dry import dry_runs
 from epsim.measure.emulate import Waiter, Way
 from epsim.measure.iperf import iperf3_bytes_per_s
 from epsim.measure.transport import Kind, Transport, now_s, wait_all
@@ -44,6 +45,7 @@ def measure_network(transport: Transport, job: dict[str, Any], device: torch.dev
         "pairs": pairs,
         "iperf3_bytes_per_s": iperf3_bytes_per_s(transport, *job["pairs"][0]),
         "barrier": _measure_barrier(transport, job["repeats"], pause),
+        "dry_step_s": dry_runs(job["dry"], transport, pause),
         "interference_s_per_byte": (
             _interference(transport, device, pairs[0]["goodput_bytes_per_s"]) if job["pause"] == "compute" else None
         ),

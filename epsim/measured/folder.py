@@ -39,6 +39,7 @@ class MeasuredRuns:
     machine: dict[str, Any] = field(default_factory=dict)
     networks: list[dict[str, Any]] = field(default_factory=list)
     launches: list[dict[str, Any]] = field(default_factory=list)
+    _profiles: dict[str, NetworkProfile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -74,7 +75,8 @@ class MeasuredRuns:
         key = network_key(cell.spec)
         for network in self.networks:
             if network["key"] == key:
-                return NetworkProfile(raw=network["raw"], shapes=network["shapes"])
+                fresh = NetworkProfile(raw=network["raw"], shapes=network["shapes"])
+                return self._profiles.setdefault(key, fresh)
         raise InputError(f"{FILE}: lacks the micro-benchmarks of a network; measure it with epsim measure run")
 
     def runs_of(self, number: int) -> "CellRuns":

@@ -48,7 +48,7 @@ class NetworkFile:
             "machine": self.machine,
             "barrier_s": self.profile.raw["barrier"]["s"],
             "send_overhead_s": self.profile.send_overhead_s,
-            "receive_overhead_s": self.profile.receive_overhead_s,
+            "receive_overhead_s": self.profile.receive_overhead_s(self.spec, self._cluster),
             "background_bytes_per_s": self.profile.background_bytes_per_s,
             "iperf3_bytes_per_s": self.profile.raw.get("iperf3_bytes_per_s"),
             "pairs": [

@@ -7,7 +7,7 @@ which is the latency of the links. N sizes.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +15,10 @@ import numpy.typing as npt
 
 from epsim.cluster import Cluster
 from epsim.errors import InputError
+from epsim.measured.dilation import without_messages
+from epsim.measured.dry_run import dry_spec, receive_overhead_s
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
+from epsim.sim.step import Mode
 
 Floats = npt.NDArray[np.float64]
 SIZES = (1, 600, 2400, 9600, 38400, 153600, 614400)  # bytes, measured
@@ -48,6 +51,7 @@ class NetworkProfile:
 
     raw: Mapping[str, Any]
     shapes: Sequence[Mapping[str, float]] | None
+    _receive_s: dict[str, float] = field(default_factory=dict, repr=False, compare=False)  # by mode, once worked out
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Self:
@@ -67,9 +71,24 @@ class NetworkProfile:
         return self._small("send")
 
     @property
-    def receive_overhead_s(self) -> float:
+    def post_receive_s(self) -> float:
         """What posting the receive of a small message takes its caller."""
         return self._small("receive")
+
+    def receive_overhead_s(self, spec: ScenarioSpec, cluster: Cluster) -> float:
+        """What a received message takes in the scenario's mode, from dry runs (`epsim.measured.dry_run`)."""
+        mode = spec.transmission.mode
+        if mode not in self._receive_s:
+            self._receive_s[mode] = self._dry_receive_s(spec, mode, cluster)
+        return self._receive_s[mode]
+
+    def _dry_receive_s(self, spec: ScenarioSpec, mode: Mode, cluster: Cluster) -> float:
+        dry = dry_spec(without_messages(spec), mode)
+
+        def with_receive(seconds: float) -> ScenarioSpec:
+            return with_overrides(dry, self._overrides(dry, cluster, seconds))
+
+        return receive_overhead_s(self.raw["dry_step_s"][mode], with_receive)
 
     def _small(self, what: str) -> float:
         cells = [cell for pair in self.raw["pairs"] for cell in pair["cells"] if cell["bytes"] <= _SMALL_BYTES]
@@ -136,6 +155,9 @@ class NetworkProfile:
 
     def overrides(self, spec: ScenarioSpec, cluster: Cluster) -> dict[str, Any]:
         """Return the fields of a scenario on this network that the profile sets, as `--set` takes them."""
+        return self._overrides(spec, cluster, self.receive_overhead_s(spec, cluster))
+
+    def _overrides(self, spec: ScenarioSpec, cluster: Cluster, receive_s: float) -> dict[str, Any]:
         found: dict[str, Any] = {"transmission.connections": "pair"}
         if spec.transmission.mode == "sync":
             found["transmission.barriers"] = "own"
@@ -159,7 +181,7 @@ class NetworkProfile:
             found[f"{path}.latency"] = f"{latency_s * 1e6:.3f} us"
         messaging = {
             "send_overhead": f"{self.send_overhead_s * 1e6:.3f} us",
-            "receive_overhead": f"{self.receive_overhead_s * 1e6:.3f} us",
+            "receive_overhead": f"{receive_s * 1e6:.3f} us",
         }
         if self.background_bytes_per_s is not None:
             messaging["background_bandwidth"] = f"{self.background_bytes_per_s:.6g} B/s"

@@ -127,7 +127,7 @@ def _network(runs: MeasuredRuns, cell: Cell) -> dict[str, Any]:
         "links": [f"{link.name or link.source + '-' + link.target}" for link in cell.spec.cluster.links],
         "fits": [vars(fit) for fit in profile.fits(cluster)],
         "send_overhead_s": profile.send_overhead_s,
-        "receive_overhead_s": profile.receive_overhead_s,
+        "receive_overhead_s": profile.receive_overhead_s(cell.spec, cluster),
         "background_bytes_per_s": profile.background_bytes_per_s,
         "barrier_s": profile.raw["barrier"]["s"],
         "set": {path: str(value) for path, value in profile.overrides(cell.spec, cluster).items()},
