@@ -67,20 +67,20 @@ class _Computing:
     """Passes the time with small matrix products, as a rank with real kernels does."""
 
     def __init__(self, device: torch.device) -> None:
-        self._a = torch.randn(64, 256, device=device)
-        self._b = torch.randn(32, 256, 1024, device=device)  # 32 MB: out of most caches
+        self._a = torch.randn(4, 256, device=device)
+        self._b = torch.randn(128, 256, 256, device=device)  # 32 MB: out of most caches; a product takes some 20 us
 
     def until(self, deadline_s: float) -> None:
         i = 0
         while now_s() < deadline_s:
-            (self._a @ self._b[i % 32]).sum().item()
+            (self._a @ self._b[i % len(self._b)]).sum().item()
             i += 1
 
     def work(self, products: int) -> float:
         """Return the seconds that so many products take."""
         start = now_s()
         for i in range(products):
-            self._a @ self._b[i % 32]
+            self._a @ self._b[i % len(self._b)]
         return now_s() - start
 
 
