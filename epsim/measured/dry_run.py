@@ -17,7 +17,7 @@ from epsim.scenario import ScenarioSpec, apply_override, check_scenario
 from epsim.sim import StepPlan, simulate_step
 from epsim.sim.step import Mode
 
-PAUSE_S = 0.002  # of every part
+_PAUSE_PER_RANK_S = 0.001  # of every part: more ranks than cores need time for their messages, as they have in runs
 NUM_STEPS = 12
 MODES: tuple[Mode, ...] = ("sync", "async", "two_batch")
 _TRIAL_S = 200e-6
@@ -40,6 +40,11 @@ def dry_spec(spec: ScenarioSpec, mode: Mode) -> ScenarioSpec:
     return check_scenario(raw)
 
 
+def pause_s(num_ranks: int) -> float:
+    """Return how long every part of a dry run is."""
+    return _PAUSE_PER_RANK_S * num_ranks
+
+
 def simulated_step_s(spec: ScenarioSpec) -> float:
     """Return the mean of the decode steps of a dry scenario that has the terms of a profile."""
     deployment = assemble(spec)
@@ -59,7 +64,8 @@ def _end_s(plan: StepPlan, cluster: Cluster) -> float:
 def paced(plan: StepPlan) -> StepPlan:
     """Return the plan with every part a pause: front, experts (each kernel), head."""
     nothing_LR = np.zeros_like(plan.attention_s_LR)
-    pause_LR = np.full_like(nothing_LR, PAUSE_S)
+    seconds = pause_s(plan.num_devices)
+    pause_LR = np.full_like(nothing_LR, seconds)
     return replace(
         plan,
         vision_s_R=np.zeros_like(plan.vision_s_R),
@@ -70,8 +76,8 @@ def paced(plan: StepPlan) -> StepPlan:
         host_s_LR=nothing_LR,
         experts_s_LR=pause_LR,
         local_s_LR=pause_LR,
-        remote_s_LCRR=np.where(plan.dispatch_bytes_LCRR > 0, PAUSE_S, 0.0),
-        head_s_R=np.full_like(plan.head_s_R, PAUSE_S),
+        remote_s_LCRR=np.where(plan.dispatch_bytes_LCRR > 0, seconds, 0.0),
+        head_s_R=np.full_like(plan.head_s_R, seconds),
         second=None if plan.second is None else paced(plan.second),
     )
 
