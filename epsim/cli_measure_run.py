@@ -1,5 +1,6 @@
 """The commands `epsim measure network` and `epsim measure run`: parse, call, print."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -8,7 +9,7 @@ import typer
 
 from epsim.cli_trace import Overrides, ScenarioPath
 from epsim.console import print_in_full
-from epsim.interrupt import run_to_end, stop_at_hangup
+from epsim.interrupt import exit_early, stop_at_hangup
 
 if TYPE_CHECKING:
     from epsim.measure.driver import RunJob, RunOptions
@@ -56,7 +57,7 @@ def network(
     from epsim.measure.driver import measure_network
 
     run_job = _run_job(options, rank, master, interface)
-    profile, machine = _to_end(lambda: measure_network(spec, options, run_job))
+    profile, machine = _to_end(lambda: measure_network(spec, options, run_job), "no file was written")
     if rank:
         return
     content = network_file(profile, spec, machine, emulated=emulate)
@@ -93,22 +94,25 @@ def run(
 ) -> None:
     """Run a scenario for real: a MoE model over ranks that replays the trace, after micro-benchmarks of its network."""
     from epsim.compare import parse_axes
+    from epsim.errors import InputError
     from epsim.scenario import load_raw
 
+    if rank is not None and resume:
+        raise InputError("--resume: with --rank, a folder is one launch; name another folder")
     axes = parse_axes(axis or ())
     raw = load_raw(scenario, overrides or ())
     options = _options(emulate, dilation, unshaped, rank, way, launches, runs, threads, on, backend)
-    from epsim.measure.driver import keep_device_profile, measure_runs
+    from epsim.measure.driver import measure_runs
 
     folder = None if rank else output
-    if folder is not None:
-        keep_device_profile(device_profile, folder, needed=not emulate)
     run_job = _run_job(options, rank, master, interface)
     _to_end(
         lambda: measure_runs(
-            raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True), run_job=run_job
-        )
-    )
+            raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True),
+            device_profile=device_profile, run_job=run_job,
+        ),
+        f"complete launches are in {output}; go on with --resume",
+    )  # fmt: skip
     if folder is not None:
         typer.echo(f"wrote {folder}; next: epsim validate measured {folder}", err=True)
 
@@ -132,6 +136,8 @@ def _options(
     from epsim.measure.driver import RunOptions
     from epsim.measure.launch import namespaces_reason
 
+    if rank is not None:
+        launches = 1  # the processes are there once
     shaped = rank is None and not unshaped
     if shaped and (reason := namespaces_reason()):
         typer.echo(f"{reason}; running on plain loopback, UNSHAPED: bandwidths of the scenario do not hold", err=True)
@@ -150,14 +156,18 @@ def _run_job(options: "RunOptions", rank: int | None, master: str | None, interf
         if master or interface:
             raise InputError("--master, --interface: are for --rank, with which this process is one rank of a cluster")
         return options.run_job
-    if master is None or ":" not in master:
+    if master is None or not master.rpartition(":")[2].isdecimal() or not master.rpartition(":")[0]:
         raise InputError(f"--master: {master} is not where rank 0 listens; write e.g. 192.168.1.10:29500")
     from epsim.measure.here import JobsHere
 
     return JobsHere(rank, master, interface)
 
 
-def _to_end(measure: Callable[[], Outcome]) -> Outcome:
-    """Run to the end; Ctrl-C, SIGTERM and a lost terminal end all ranks and leave nothing behind."""
+def _to_end(measure: Callable[[], Outcome], rest: str) -> Outcome:
+    """Run to the end; Ctrl-C, SIGTERM and a lost terminal end all ranks, leave nothing behind, and say `rest`."""
     stop_at_hangup()
-    return run_to_end(measure, "no file was written")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return measure()
+    except KeyboardInterrupt as stopped_by:
+        exit_early(stopped_by, rest)

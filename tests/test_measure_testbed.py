@@ -67,13 +67,18 @@ def job(path: Path, *changes: str) -> dict[str, Any]:
 
 
 def kill_rank_1_when_it_runs(number: signal.Signals) -> threading.Thread:
-    """Kill the process itself, not the commands that brought it into its namespace."""
+    """Kill the process itself, not the commands that brought it into its namespace, and none that was there before."""
+    before = set(rank_pids())
 
     def kill() -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             pids = [
-                pid for pid, c in rank_pids().items() if "--rank 1" in c and not c.startswith(("nsenter", "unshare"))
+                pid
+                for pid, command in rank_pids().items()
+                if pid not in before
+                and command.rstrip().endswith("--rank 1")
+                and not command.startswith(("nsenter", "unshare"))
             ]
             if pids:
                 time.sleep(4)  # into its run
@@ -109,16 +114,15 @@ def test_an_interrupted_command_leaves_nothing(number: signal.Signals, tmp_path:
         sys.executable, "-m", "epsim", "measure", "run", str(TWO_RANKS), "-o", str(tmp_path / "runs"), "--emulate",
         "--set", TRACE, "--set", "workload.batch_sizes=[64]",
     ]  # fmt: skip
+    before = set(rank_pids())
     with nothing_is_left():
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         deadline = time.monotonic() + 60
-        while not any("epsim.measure.rank" in c for c in rank_pids().values()) and time.monotonic() < deadline:
+        while not set(rank_pids()) - before and time.monotonic() < deadline:
             time.sleep(0.1)
+        time.sleep(1)
         process.send_signal(number)
         _, said = process.communicate(timeout=20)
-        if number == signal.SIGKILL and REASON is not None:
-            for pid in rank_pids():  # on plain loopback nobody is left to end them
-                os.kill(pid, signal.SIGKILL)
         assert not (tmp_path / "runs" / "measured.json").exists()
     if number != signal.SIGKILL:
         assert said.strip().splitlines()[-1].startswith("epsim: interrupted")

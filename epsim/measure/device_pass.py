@@ -3,6 +3,7 @@
 Shapes: T tokens of the pass, H hidden size, K top-k, V vectors, N (vector, expert) pairs, S tokens of a request.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import ceil
 
@@ -31,8 +32,17 @@ class Bench:
     """A decoder with as many experts in each layer as a device of the scenario has, its cache full of numbers."""
 
     def __init__(
-        self, card: ModelCard, ranges: Ranges, *, device: torch.device, dtype: torch.dtype, wire: Wire
+        self,
+        card: ModelCard,
+        ranges: Ranges,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        wire: Wire,
+        meet: Callable[[], object] = lambda: None,
     ) -> None:
+        """meet: waits for the other processes that measure."""
+        self._meet = meet
         self._device, self._dtype, self._topk = device, dtype, card.topk
         self._out = Codec(hidden_size=card.hidden_size, dtype=wire.dispatch_dtype)
         self._back = Codec(hidden_size=card.hidden_size, dtype=wire.combine_dtype)
@@ -51,6 +61,11 @@ class Bench:
         self.num_layers = layers
         self._batch = lru_cache(maxsize=4)(self._make_batch)
         self._pairs = lru_cache(maxsize=64)(self._make_pairs)
+
+    def _start(self) -> None:
+        """Begin a part, together with the other processes: ranks in step stream their weights at the same time."""
+        self._meet()
+        self._clock.start()
 
     def _fill_cache(self, requests: int, tokens: int) -> None:
         rows, lengths = range(requests), [tokens] * requests
@@ -78,7 +93,7 @@ class Bench:
             self._time_moe(setting, layer, hidden_TH)
         if cell := self._next(setting, "head"):
             last_QH = _repeated(hidden_TH, cell.at[0])
-            clock.start()
+            self._start()
             decoder.head(last_QH)
             clock.lap(cell)
         return clock.read()
@@ -90,21 +105,21 @@ class Bench:
         return cells[turn % len(cells)] if cells else None
 
     def _attend(self, setting: Setting, decoder_layer: int, hidden_TH: Tensor, batch: AttentionBatch) -> Tensor:
-        self._clock.start()
+        self._start()
         hidden_TH = self._decoder.attention(decoder_layer, hidden_TH, batch, self._cache)
         self._clock.lap(setting.attention)
         return hidden_TH
 
     def _time_vision(self, setting: Setting) -> None:
         if cell := self._next(setting, "vision"):
-            self._clock.start()
+            self._start()
             self._decoder.vision(cell.at[0])
             self._clock.lap(cell)
 
     def _time_dense_ffn(self, setting: Setting, dense_layer: int, hidden_TH: Tensor) -> Tensor:
         cell = self._next(setting, "dense_ffn")
         given_TH = hidden_TH if cell is None else _repeated(hidden_TH, cell.at[0])
-        self._clock.start()
+        self._start()
         self._decoder.dense_ffn(dense_layer, given_TH)
         if cell is not None:
             self._clock.lap(cell)
@@ -116,20 +131,20 @@ class Bench:
         cell = self._next(setting, "router")
         given_TH = hidden_TH if cell is None else _repeated(hidden_TH, cell.at[0])
         ids_TK = torch.arange(len(given_TH) * self._topk, device=self._device).view(-1, self._topk) % self._num_experts
-        clock.start()
+        self._start()
         normed_TH, weights_TK = decoder.route(layer, given_TH, ids_TK)
         if cell is not None:
             clock.lap(cell)
         self._time_way_out(setting, normed_TH, weights_TK)
         if cell := self._next(setting, "shared_experts"):
             given_TH = _repeated(normed_TH, cell.at[0])
-            clock.start()
+            self._start()
             decoder.shared(layer, given_TH)
             clock.lap(cell)
         if cell := self._next(setting, "experts"):
             num_vectors, *pairs = self._pairs(cell)
             given_VH = _repeated(normed_TH, num_vectors)
-            clock.start()
+            self._start()
             decoder.experts(layer, given_VH, *pairs)
             clock.lap(cell)
         if cell := self._next(setting, "serve"):
@@ -140,13 +155,13 @@ class Bench:
         clock = self._clock
         if cell := self._next(setting, "pack"):
             index, out = self._leg_index(cell.at[0], len(normed_TH)), self._dispatch("out", cell.at[0])
-            clock.start()
+            self._start()
             pack_leg(self._out, normed_TH, weights_TK, index, out)
             clock.lap(cell)
         if cell := self._next(setting, "to_host"):
             given_VH = _repeated(normed_TH, self._vectors_of(cell))
             pinned_VH = self._pinned(given_VH)
-            clock.start()
+            self._start()
             pinned_VH.copy_(given_VH, non_blocking=True)
             clock.lap(cell)
 
@@ -156,7 +171,7 @@ class Bench:
         given_VH, out = _repeated(normed_TH, num_vectors), self._combine("out", num_vectors)
         pack_dispatch(self._out, given_VH, index.code_N, torch.ones_like(index.code_N), data)
         slots = {"num_slots": self._num_slots, "first_slot": 0}
-        self._clock.start()
+        self._start()
         read_arrival(self._out, data, num_vectors, self._dtype, **slots)
         self._back.write(given_VH, out)
         self._clock.lap(cell)
@@ -165,14 +180,14 @@ class Bench:
         clock = self._clock
         if cell := self._next(setting, "to_device"):
             given_VH = self._pinned(_repeated(hidden_TH, self._vectors_of(cell)))
-            clock.start()
+            self._start()
             given_VH.to(self._device, non_blocking=True)
             clock.lap(cell)
         if cell := self._next(setting, "reduce"):
             data, rows_V = self._combine("in", cell.at[0]), self._rows(cell.at[0], len(hidden_TH))
             self._back.write(_repeated(hidden_TH, cell.at[0]), data)
             sums_TH = hidden_TH.clone()
-            clock.start()
+            self._start()
             add_returned(self._back, data, rows_V, sums_TH)
             clock.lap(cell)
 

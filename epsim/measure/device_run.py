@@ -113,7 +113,12 @@ def _run(job: Job, slowest: Callable[[float], float], advance: Callable[[], None
     samples: Samples = {cell: [] for setting in job.settings for cell in setting.cells}
     try:
         bench = Bench(
-            job.card, job.ranges, device=torch.device(job.device), dtype=getattr(torch, job.dtype), wire=job.wire
+            job.card,
+            job.ranges,
+            device=torch.device(job.device),
+            dtype=getattr(torch, job.dtype),
+            wire=job.wire,
+            meet=(lambda: None) if job.num_processes == 1 else _SHARED["barrier"].wait,
         )
         gc.disable()
         num_passes = [_time_for(setting, bench, slowest, job.repeats) for setting in job.settings]

@@ -12,9 +12,11 @@ import numpy as np
 
 from epsim.atomic import write_all, write_errors
 from epsim.cluster import Cluster, build_cluster
+from epsim.cost.profile import DeviceProfile, read_profile
 from epsim.errors import InputError
+from epsim.measure.home_step import dtype_of
 from epsim.measure.launch import launch
-from epsim.measure.topology import shape_of
+from epsim.measure.topology import shape_of, topology_of
 from epsim.measured.dilation import without_messages
 from epsim.measured.dry_run import MODES, dry_spec
 from epsim.measured.folder import DEVICE_FILE, FILE, MeasuredRuns
@@ -102,11 +104,13 @@ def measure_runs(
     *,
     resume: bool,
     say: Say,
+    device_profile: Path | None = None,
     run_job: RunJob | None = None,
 ) -> None:
-    """Measure every cell of a grid and write the folder after every launch.
+    """Measure every cell of a grid and write the folder after every network and launch.
 
-    folder: None where another rank writes. run_job: how ranks do a job (default: processes of this machine).
+    folder: None where another rank writes. device_profile: kept with the runs; real ones are predicted from it.
+    run_job: how ranks do a job (default: processes of this machine).
     """
     run_job = run_job or options.run_job
     cells = cells_of(raw, axes, options.dilation)
@@ -119,7 +123,11 @@ def measure_runs(
         raise InputError(
             "--axis: links differ between cells, but this network is not shaped; leave cluster.links alone"
         )
+    if not options.emulated:
+        _check_dtype(_device_profile(device_profile, folder, resume=resume), cells)
     runs = _begin(raw, axes, options, folder, resume=resume)
+    if folder is not None and device_profile is not None:
+        write_all({folder / DEVICE_FILE: device_profile.read_bytes()})
     known = {network["key"] for network in runs.networks}
     for key, numbers in groups.items():
         if key not in known:
@@ -127,7 +135,7 @@ def measure_runs(
             profile, machine = measure_network(cells[numbers[0]].spec, options, run_job)
             runs.networks.append({"key": key, **profile})
             runs.machine = machine
-    _write(runs, folder)
+            _write(runs, folder)
     for number in range(len(runs.launches), options.num_launches):
         done: dict[str, Any] = {"machine": {}, "cells": {}}
         for group, numbers in enumerate(groups.values()):
@@ -144,15 +152,39 @@ def _write(runs: MeasuredRuns, folder: Path | None) -> None:
 
 
 def _check(cell: Cell, options: RunOptions) -> None:
-    """Raise InputError for what cannot be run."""
+    """Raise InputError for what cannot be run, before anything is measured."""
     spec = cell.spec
     deployment, _ = check(spec)
-    if spec.parallelism.kind not in ("ep", "pd", "afd"):
+    if spec.parallelism.kind != "ep":
         raise InputError(f"parallelism.kind: {spec.parallelism.kind} has no engine to be measured; write ep")
     if deployment.model.moe is None:
         raise InputError(f"model: {spec.model.name} has no experts to spread over ranks; name a MoE model")
-    if not options.emulated and options.dilation != 1:
-        raise InputError(f"--dilation: {options.dilation:g} is for emulated devices; add --emulate, or leave it out")
+    if options.shaped:
+        topology_of(deployment.cluster)
+    if options.emulated:
+        _check_emulated(spec, options)
+    else:
+        dtype_of(spec)
+    nccl_can = spec.transmission.mode == "sync" or (
+        spec.transmission.mode == "async" and spec.transmission.num_chunks == 1
+    )
+    if options.backend == "nccl" and not (nccl_can and spec.homes.policy == "balanced"):
+        raise InputError(
+            f"--backend: nccl keeps one order of messages, which mode {spec.transmission.mode} with these chunks or "
+            "homes does not; write gloo"
+        )
+
+
+def _check_emulated(spec: ScenarioSpec, options: RunOptions) -> None:
+    for name, kind in spec.cluster.device_types.items():
+        if kind.layer_overhead:
+            raise InputError(
+                f"cluster.device_types.{name}.layer_overhead: emulated devices have no host to wait for; write 0 s"
+            )
+        if kind.profile is not None and options.dilation != 1:
+            raise InputError(
+                f"cluster.device_types.{name}.profile: measured times are not slowed down; leave --dilation out"
+            )
 
 
 def _begin(
@@ -222,16 +254,20 @@ def _mean(runs: list[dict[str, Any]], name: str) -> Any:
     return np.round(np.mean([run[name] for run in runs], axis=0).sum(axis=2), 7).tolist()
 
 
-def keep_device_profile(path: Path | None, folder: Path, *, needed: bool) -> None:
-    """Copy a device profile beside the runs. InputError where real runs could not be predicted without one."""
+def _device_profile(path: Path | None, folder: Path | None, *, resume: bool) -> DeviceProfile:
+    """Return the profile that real runs will be predicted from; InputError where there is none."""
+    if path is None and resume and folder is not None and (folder / DEVICE_FILE).exists():
+        path = folder / DEVICE_FILE
     if path is None:
-        if needed and not (folder / DEVICE_FILE).exists():
+        raise InputError("--device-profile: real runs are predicted from one; write it first with epsim measure device")
+    return read_profile(path)
+
+
+def _check_dtype(profile: DeviceProfile, cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        wanted = str(dtype_of(cell.spec)).removeprefix("torch.")
+        if profile.dtype != wanted:
             raise InputError(
-                "--device-profile: real runs are predicted from one; write it first with epsim measure device"
+                f"--device-profile: was measured in {profile.dtype}, and model.compute_dtype "
+                f"{cell.spec.model.compute_dtype} runs in {wanted}; measure that, or write the other dtype"
             )
-        return
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"--device-profile: {path} cannot be read: {error.strerror}") from error
-    write_all({folder / DEVICE_FILE: content})

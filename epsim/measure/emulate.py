@@ -79,7 +79,7 @@ class _Waits:
             experts_BL=[times_LR[:, rank].tolist() for times_LR in together],
             local_L=local_LR[:, rank].tolist(),
             remote_LCR=(plan.remote_s_LCRR + plan.served_s_LCRR)[:, :, :, rank].tolist(),
-            head_s=float(plan.head_s_R[rank]),
+            head_s=float(plan.tail_s_R[rank]),
         )
 
 

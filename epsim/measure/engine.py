@@ -114,8 +114,6 @@ class Engine:
             run_step(
                 self.mode, exchange, self.work, watch, overlap_shared=self._overlap_shared, after_front=after_front
             )
-            if step == 0:
-                self._kv.send_rest()
             if step + 1 < len(self.exchanges):
                 self.work.begin(step + 1)
                 self.exchanges[step + 1].post_receives(0)
@@ -126,6 +124,7 @@ class Engine:
             parts.append(watch.seconds_PL)
             start_s = end_s
             if step == 0 and self._kv.moves:
+                self._kv.send_rest()
                 self._kv.wait()
                 self._transport.barrier()
                 start_s = now_s()

@@ -16,7 +16,7 @@ import torch
 
 from epsim.measure.layout import Leg, Part, StepLayout
 from epsim.measure.mailbox import Box, Buffers, Streams, WatchedBox
-from epsim.measure.transport import MOST_CHUNKS, Kind, Posted, Transport, wait_all
+from epsim.measure.transport import MOST_CHUNKS, Kind, Posted, Transport
 from epsim.measure.wire import Codec, dispatch_bytes
 from epsim.measure.work import Arrival, Work
 
@@ -285,8 +285,8 @@ class StepExchange:
 
     def wait_sent(self) -> None:
         """Wait until everything that was sent has left."""
-        wait_all(self._sent)
-        self._sent.clear()
+        while self._sent:  # the threads of a gateway may still add to it
+            self._sent.pop().wait()
 
     def fail(self, error: BaseException) -> None:
         """Hand an error to whoever waits."""

@@ -1,4 +1,4 @@
-"""The machine that measures: `machine_facts`, and `CpuWatch`, how much processor time others took meanwhile."""
+"""The machine that measures: `machine_facts`, and `CpuTime`, of which follows how much others took meanwhile."""
 
 import datetime
 import os

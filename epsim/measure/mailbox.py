@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from epsim.measure.transport import Kind, Posted, Transport
+from epsim.measure.transport import Kind, PeerLost, Posted, Transport
 
 _LONG_S = 600.0
 
@@ -47,7 +47,10 @@ class WatchedBox:
 
     def take(self) -> Any:
         """Return the item that arrived first; the error of a stream that failed is raised here."""
-        item = self._arrived.get(timeout=_LONG_S)
+        try:
+            item = self._arrived.get(timeout=_LONG_S)
+        except queue.Empty as error:
+            raise PeerLost(f"a rank is gone: nothing has come for {_LONG_S:.0f} s") from error
         if isinstance(item, BaseException):
             raise item
         return item

@@ -95,8 +95,12 @@ def _hold(*, with_user: bool) -> Namespaces | None:
     if stdout is None or stdout.readline() != b"ready\n":
         _end(holder)
         return None
-    with open(f"/proc/{holder.pid}/task/{holder.pid}/children", encoding="ascii") as children:
-        inside = int(children.read().split()[0])
+    try:
+        with open(f"/proc/{holder.pid}/task/{holder.pid}/children", encoding="ascii") as children:
+            inside = int(children.read().split()[0])
+    except (OSError, IndexError, ValueError):  # a kernel that does not tell
+        _end(holder)
+        return None
     return Namespaces(holder=holder, pid=inside, with_user=with_user)
 
 

@@ -219,8 +219,8 @@ def _interference(transport: Transport, device: torch.device, goodput_bytes_per_
         if out is None:
             continue
         alone_s = computing.work(products)
-        data = [transport.buffer(_STREAM_BYTES) for _ in range(num_messages)]
-        posted = [transport.receive(peer, Kind.DISPATCH, one) for one in data]
+        into = transport.buffer(_STREAM_BYTES)  # for all: nobody reads them
+        posted = [transport.receive(peer, Kind.DISPATCH, into) for _ in range(num_messages)]
         _meet(transport, peer)
         start_s = now_s()
         sent = [transport.send(peer, Kind.DISPATCH, out) for _ in range(num_messages)]

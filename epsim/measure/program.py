@@ -128,7 +128,7 @@ def _compute_together(
     watch.lap("dispatch", layer)
     work.experts(layer, batch, arrivals)
     watch.lap("experts", layer)
-    for arrival in arrivals:
+    for arrival in sorted(arrivals, key=lambda arrival: (arrival.home - x.rank) % x.num_ranks):
         x.send_result(arrival)
     watch.lap("send", layer)
 

@@ -67,10 +67,12 @@ class Topology:
         for bridge in bridge_of.values():
             inside.run(["ip", "link", "add", bridge, "type", "bridge"])
             inside.run(["ip", "link", "set", bridge, "up"])
+        shapes = [[shape_of(bytes_per_s) for bytes_per_s in cable.bytes_per_s] for cable in self.cables]
+        packet_bytes = min(shape.packet_bytes for pair in shapes for shape in pair)  # fits through every bucket
         for number, cable in enumerate(self.cables):
             names = (f"cable{number}a", f"cable{number}b")
             inside.run(["ip", "link", "add", names[0], "type", "veth", "peer", "name", names[1]])
-            for name, end, bytes_per_s in zip(names, cable.ends, cable.bytes_per_s, strict=True):
+            for name, end, shape in zip(names, cable.ends, shapes[number], strict=True):
                 host: str | None = host_of.get(end)
                 if host is None:
                     inside.run(["ip", "link", "set", name, "master", bridge_of[end]])
@@ -79,11 +81,11 @@ class Topology:
                     inside.run(["ip", "link", "set", name, "name", INTERFACE], host)
                     address = f"{self.address(self.hosts.index(end))}/16"
                     inside.run(["ip", "addr", "add", address, "dev", INTERFACE], host)
-                _shape(inside, host, name if host is None else INTERFACE, shape_of(bytes_per_s))
+                _shape(inside, host, name if host is None else INTERFACE, shape, packet_bytes)
 
 
-def _shape(inside: Namespaces, host: str | None, name: str, shape: Shape) -> None:
-    inside.run(["ip", "link", "set", "dev", name, "gso_max_size", str(shape.packet_bytes)], host)
+def _shape(inside: Namespaces, host: str | None, name: str, shape: Shape, packet_bytes: int) -> None:
+    inside.run(["ip", "link", "set", "dev", name, "gso_max_size", str(packet_bytes)], host)
     inside.run(["ip", "link", "set", name, "up"], host)
     bucket = ["rate", f"{round(shape.bytes_per_s * 8)}bit", "burst", str(shape.burst_bytes), "limit", str(_LIMIT_BYTES)]
     inside.run(["tc", "qdisc", "replace", "dev", name, "root", "tbf", *bucket], host)

@@ -66,9 +66,15 @@ class Transport:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         if backend == "nccl":
             torch.cuda.set_device(rank % torch.cuda.device_count())
-        dist.init_process_group(
-            backend, init_method=f"tcp://{master}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
-        )
+        try:
+            dist.init_process_group(
+                backend, init_method=f"tcp://{master}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
+            )
+        except (RuntimeError, dist.DistError) as error:
+            said = str(error).splitlines()[0]
+            raise EpsimError(
+                f"rank {rank} cannot join the others at {master}: {said}; check --master, --interface"
+            ) from error
         self.address = _own_address(master)
         self.wire = torch.device("cuda" if backend == "nccl" else "cpu")
         self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
@@ -114,7 +120,10 @@ class Transport:
     def gather(self, value: Any) -> list[Any]:
         """Return what each rank has put in, in rank order, on every rank (pickled: only among our own processes)."""
         values: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(values, value, group=self._control)
+        try:
+            dist.all_gather_object(values, value, group=self._control)
+        except RuntimeError as error:
+            raise PeerLost(f"another rank than {self.rank} is gone: {str(error).splitlines()[0]}") from error
         return values
 
     def close(self) -> None:

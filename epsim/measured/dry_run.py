@@ -77,6 +77,9 @@ def paced(plan: StepPlan) -> StepPlan:
         experts_s_LR=pause_LR,
         local_s_LR=pause_LR,
         remote_s_LCRR=np.where(plan.dispatch_bytes_LCRR > 0, seconds, 0.0),
+        pack_s_LR=nothing_LR,
+        reduce_s_LR=nothing_LR,
+        serve_s_LCRR=None,
         head_s_R=np.full_like(plan.head_s_R, seconds),
         second=None if plan.second is None else paced(plan.second),
     )

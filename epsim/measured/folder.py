@@ -20,6 +20,7 @@ from epsim.measured.network_profile import NetworkProfile
 
 FILE = "measured.json"
 DEVICE_FILE = "device.json"  # beside it, for real runs: what epsim measure device wrote
+DISTURBED_FRAC = 0.1  # more of the machine than that used by others: a run is repeated
 _FORMAT = 1
 _KEYS = ("scenario", "axes", "options", "machine", "networks", "launches")
 Floats = npt.NDArray[np.float64]
@@ -86,20 +87,23 @@ class MeasuredRuns:
             step_s=[np.array(launch["step_s"]) for launch in launches],
             kv_s=[np.array(launch["kv_s"]) for launch in launches],
             num_repeated=sum(launch["num_repeated"] for launch in launches),
+            num_disturbed=sum(
+                frac > DISTURBED_FRAC for launch in launches for frac in launch.get("foreign_cpu_frac", ())
+            ),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellRuns:
-    """Runs of a cell by launch: step_s [runs, steps] and kv_s [runs] of each, s. num_repeated: disturbed, run again."""
+    """Runs of a cell by launch: step_s [runs, steps] and kv_s [runs] of each, s.
+
+    num_repeated: disturbed by other work, and run again. num_disturbed: kept although they were, in the end.
+    """
 
     step_s: list[Floats]
     kv_s: list[Floats]
     num_repeated: int
-
-    def ttft_s(self) -> list[Floats]:
-        """Return the time to first token of every run, [runs] of each launch."""
-        return [steps[:, 0] for steps in self.step_s]
+    num_disturbed: int = 0
 
 
 def _one_line_each(content: Mapping[str, Any]) -> str:

@@ -5,16 +5,14 @@ tbf), and A, f and h are fitted. A has the time that posting a send takes its ca
 which is the latency of the links. N sizes.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from epsim.cluster import Cluster
-from epsim.errors import InputError
 from epsim.measured.dilation import without_messages
 from epsim.measured.dry_run import dry_spec, receive_overhead_s
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
@@ -31,7 +29,8 @@ class LinkFit:
     """One-way times of a pair: latency_s (A less the send), frame_overhead f - 1, message_header h, how well it fits.
 
     ack_overhead: by what share messages of the other direction slow this one down. mean_error: of the one-way times.
-    bytes_per_s: of the narrowest link; fitted, where nothing is shaped.
+    bytes_per_s: of the narrowest link, as the scenario has it. found_bytes_per_s: the same, but fitted where nothing is
+    shaped.
     """
 
     latency_s: float
@@ -39,6 +38,7 @@ class LinkFit:
     message_header_bytes: float
     ack_overhead: float
     bytes_per_s: float
+    found_bytes_per_s: float
     mean_error: float
 
 
@@ -53,15 +53,6 @@ class NetworkProfile:
     shapes: Sequence[Mapping[str, float]] | None
     _receive_s: dict[str, float] = field(default_factory=dict, repr=False, compare=False)  # by mode, once worked out
 
-    @classmethod
-    def from_json(cls, text: str, where: str) -> Self:
-        """Return the profile in a file; InputError if it holds something else."""
-        try:
-            content = json.loads(text)
-            return cls(raw=content["raw"], shapes=content["shapes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{where}: not a network profile; write one with epsim measure network") from error
-
     def as_dict(self) -> dict[str, Any]:
         return {"raw": dict(self.raw), "shapes": self.shapes}
 
@@ -72,7 +63,7 @@ class NetworkProfile:
 
     @property
     def post_receive_s(self) -> float:
-        """What posting the receive of a small message takes its caller."""
+        """What posting the receive of a small message takes its caller: a part of what receiving costs."""
         return self._small("receive")
 
     def receive_overhead_s(self, spec: ScenarioSpec, cluster: Cluster) -> float:
@@ -86,7 +77,7 @@ class NetworkProfile:
         dry = dry_spec(without_messages(spec), mode)
 
         def with_receive(seconds: float) -> ScenarioSpec:
-            return with_overrides(dry, self._overrides(dry, cluster, seconds))
+            return with_overrides(dry, self.terms(dry, cluster, seconds))
 
         return receive_overhead_s(self.raw["dry_step_s"][mode], with_receive)
 
@@ -118,7 +109,7 @@ class NetworkProfile:
         wire_N, both_N = (np.array([cell[way]["p25_s"] for cell in pair["cells"]]) for way in ("one_way", "both_ways"))
         narrow = min(cluster.route(*pair["pair"]), key=lambda link: link.bytes_per_s)
         if self.shapes is None:
-            return self._fit_unshaped(sizes_N, one_way_N)
+            return self._fit_unshaped(sizes_N, one_way_N, narrow.bytes_per_s)
         burst = next(s["burst"] for s in self.shapes if np.isclose(s["bandwidth"], narrow.bytes_per_s))
         base_s = float(np.median(one_way_N[sizes_N <= _SMALL_BYTES]))
         fastest_s = float(np.median(wire_N[sizes_N <= _SMALL_BYTES]))
@@ -136,10 +127,11 @@ class NetworkProfile:
             message_header_bytes=header,
             ack_overhead=min(1.0, max(0.0, float(slower))),
             bytes_per_s=narrow.bytes_per_s,
+            found_bytes_per_s=narrow.bytes_per_s,
             mean_error=float(np.abs(predicted_N / one_way_N - 1).mean()),
         )
 
-    def _fit_unshaped(self, sizes_N: Floats, one_way_N: Floats) -> LinkFit:
+    def _fit_unshaped(self, sizes_N: Floats, one_way_N: Floats, bytes_per_s: float) -> LinkFit:
         weight_N = 1 / one_way_N
         design = np.stack([sizes_N, np.ones(len(sizes_N))], axis=1)
         s_per_byte, base_s = np.linalg.lstsq(design * weight_N[:, None], one_way_N * weight_N, rcond=None)[0]
@@ -149,15 +141,17 @@ class NetworkProfile:
             frame_overhead=0.0,
             message_header_bytes=0.0,
             ack_overhead=0.0,
-            bytes_per_s=float(1 / max(s_per_byte, 1e-12)),
+            bytes_per_s=bytes_per_s,
+            found_bytes_per_s=float(1 / max(s_per_byte, 1e-12)),
             mean_error=float(np.abs(predicted_N / one_way_N - 1).mean()),
         )
 
     def overrides(self, spec: ScenarioSpec, cluster: Cluster) -> dict[str, Any]:
         """Return the fields of a scenario on this network that the profile sets, as `--set` takes them."""
-        return self._overrides(spec, cluster, self.receive_overhead_s(spec, cluster))
+        return self.terms(spec, cluster, self.receive_overhead_s(spec, cluster))
 
-    def _overrides(self, spec: ScenarioSpec, cluster: Cluster, receive_s: float) -> dict[str, Any]:
+    def terms(self, spec: ScenarioSpec, cluster: Cluster, receive_s: float) -> dict[str, Any]:
+        """Return the same fields for a given overhead of a received message."""
         found: dict[str, Any] = {"transmission.connections": "pair"}
         if spec.transmission.mode == "sync":
             found["transmission.barriers"] = "own"
@@ -175,10 +169,11 @@ class NetworkProfile:
                 found[f"{path}.burst"] = f"{self.shapes[number]['burst']:.0f} B"
                 found[f"{path}.message_header"] = f"{fit.message_header_bytes:.1f} B"
             else:
-                found[f"{path}.bandwidth"] = f"{fit.bytes_per_s:.6g} B/s"
+                found[f"{path}.bandwidth"] = f"{fit.found_bytes_per_s:.6g} B/s"
             found[f"{path}.frame_overhead"] = round(fit.frame_overhead, 6)
             found[f"{path}.ack_overhead"] = round(fit.ack_overhead, 6)
             found[f"{path}.latency"] = f"{latency_s * 1e6:.3f} us"
+            found[f"{path}.message_overhead"] = "0 s"
         messaging = {
             "send_overhead": f"{self.send_overhead_s * 1e6:.3f} us",
             "receive_overhead": f"{receive_s * 1e6:.3f} us",

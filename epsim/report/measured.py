@@ -38,7 +38,9 @@ def network_tables(summary: Mapping[str, Any]) -> Group:
         )
     ranks = new_table("Of every rank", "figure", "value")
     ranks.add_row("post a send", _us(summary["send_overhead_s"]))
-    ranks.add_row("post a receive", _us(summary["receive_overhead_s"]))
+    ranks.add_row("post a receive", _us(summary["post_receive_s"]))
+    for mode, seconds in summary["receive_overhead_s"].items():
+        ranks.add_row(f"a received message, mode {mode} (the engine run dry)", _us(seconds))
     ranks.add_row("barrier at the end of a step", _us(summary["barrier_s"]))
     background = summary["background_bytes_per_s"]
     ranks.add_row("compute lost to transfers", "none" if background is None else f"1 s per {background / 1e9:.2f} GB")
@@ -69,17 +71,22 @@ def measured_tables(report: Mapping[str, Any], *, with_cells: bool) -> Group:
 
 
 def _error_table(title: str, report: Mapping[str, Any]) -> Table:
-    table = new_table(title, "", "cells", "mean error", "largest", "bias", "noise from launch to launch")
+    columns = (
+        "cells", "mean error", "largest", "bias", "without the dry run", "launch to launch", "floor of their mean"
+    )  # fmt: skip
+    table = new_table(title, "", *columns)
     for metric, errors in report["errors"].items():
         if errors is not None:
-            noise = errors["noise_percent"]
+            noise, floor = errors["noise_percent"], errors["floor_percent"]
             table.add_row(
                 _name(metric),
                 str(errors["num_cells"]),
                 f"{errors['mean_percent']:.2f} %",
                 f"{errors['max_percent']:.2f} %",
                 f"{errors['bias_percent']:+.2f} %",
+                f"{errors['without_dry_run_percent']:.2f} %",
                 "-" if noise is None else f"{noise:.2f} %",
+                "-" if floor is None else f"{floor:.2f} %",
             )
     return table
 

@@ -1,11 +1,12 @@
 """Predictions beside measured runs: `measured_report`, as plain values.
 
 A prediction comes from the scenario and the micro-benchmarks of the folder alone. A measured figure is the mean over
-launches of each launch's median over runs. The noise floor is the error of the best prediction there can be: of a
-launch by the mean of the other launches of its cell.
+launches of each launch's median over runs. Noise is how far a launch is from the mean of the others of its cell; the
+floor is what the mean of the launches is off by on that account, and so a prediction without any fault.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ import numpy.typing as npt
 
 from epsim.batch import step_inputs
 from epsim.cluster import build_cluster
+from epsim.measured.dry_run import MODES
 from epsim.measured.folder import DEVICE_FILE, CellRuns, MeasuredRuns
 from epsim.measured.grid import Cell
 from epsim.measured.network_profile import with_overrides
 from epsim.metrics import RequestRecord
 from epsim.run import assemble, simulate
 from epsim.scenario import ScenarioSpec
+from epsim.sim.step import Mode
 
 METRICS = ("ttft_s", "tpot_s")
 CLEAR_GAIN_PERCENT = 5.0  # gains beyond it should have the right sign
@@ -44,14 +47,26 @@ class Measured:
         others = (self.launches.sum() - self.launches) / (n - 1)
         return float(100 * np.abs(self.launches / others - 1).mean())
 
+    @property
+    def floor_percent(self) -> float | None:
+        """Return what a faultless prediction would be off by: noise is s sqrt(n / (n - 1)), of a mean s / sqrt(n)."""
+        n, noise = len(self.launches), self.noise_percent
+        return None if noise is None else noise * math.sqrt(n - 1) / n
 
-def predicted_spec(runs: MeasuredRuns, cell: Cell, folder: Path) -> ScenarioSpec:
-    """Return the scenario of a cell with everything that the micro-benchmarks say."""
-    cluster = build_cluster(cell.spec.cluster.model_dump())
-    overrides = dict(runs.network_of(cell).overrides(cell.spec, cluster))
+
+def predicted_spec(runs: MeasuredRuns, cell: Cell, folder: Path, *, dry_run: bool = True) -> ScenarioSpec:
+    """Return the scenario of a cell with everything that the micro-benchmarks say.
+
+    dry_run: what a received message takes is that of the engine run dry, not the posting of its receive alone.
+    """
+    cluster, profile = build_cluster(cell.spec.cluster.model_dump()), runs.network_of(cell)
+    if dry_run:
+        overrides = profile.overrides(cell.spec, cluster)
+    else:
+        overrides = profile.terms(cell.spec, cluster, profile.post_receive_s)
     if not runs.options["emulated"]:
-        profile = folder / DEVICE_FILE
-        overrides |= {f"cluster.device_types.{name}.profile": str(profile) for name in cell.spec.cluster.device_types}
+        path = folder / DEVICE_FILE
+        overrides |= {f"cluster.device_types.{name}.profile": str(path) for name in cell.spec.cluster.device_types}
     return with_overrides(cell.spec, overrides)
 
 
@@ -127,17 +142,30 @@ def _network(runs: MeasuredRuns, cell: Cell) -> dict[str, Any]:
         "links": [f"{link.name or link.source + '-' + link.target}" for link in cell.spec.cluster.links],
         "fits": [vars(fit) for fit in profile.fits(cluster)],
         "send_overhead_s": profile.send_overhead_s,
-        "receive_overhead_s": profile.receive_overhead_s(cell.spec, cluster),
+        "receive_overhead_s": {mode: profile.receive_overhead_s(_in_mode(cell.spec, mode), cluster) for mode in MODES},
+        "post_receive_s": profile.post_receive_s,
         "background_bytes_per_s": profile.background_bytes_per_s,
         "barrier_s": profile.raw["barrier"]["s"],
         "set": {path: str(value) for path, value in profile.overrides(cell.spec, cluster).items()},
     }
 
 
+def _in_mode(spec: ScenarioSpec, mode: Mode) -> ScenarioSpec:
+    return spec.model_copy(update={"transmission": spec.transmission.model_copy(update={"mode": mode})})
+
+
 def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, folder: Path) -> dict[str, Any]:
     measured = measured_figures(_requests(cell), own)
-    summary = simulate(predicted_spec(runs, cell, folder)).results["batch_sizes"][0]
-    row: dict[str, Any] = {"label": cell.label, "settings": dict(cell.settings), "num_repeated": own.num_repeated}
+    summary, posted = (
+        simulate(predicted_spec(runs, cell, folder, dry_run=dry_run)).results["batch_sizes"][0]
+        for dry_run in (True, False)
+    )
+    row: dict[str, Any] = {
+        "label": cell.label,
+        "settings": dict(cell.settings),
+        "num_repeated": own.num_repeated,
+        "num_disturbed": own.num_disturbed,
+    }
     for metric in METRICS:
         found, predicted = measured[metric], summary[metric]
         if found is None or predicted is None:
@@ -148,23 +176,28 @@ def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, folder: Path) -> dict[s
             "low": float(found.launches.min()),
             "high": float(found.launches.max()),
             "noise_percent": found.noise_percent,
+            "floor_percent": found.floor_percent,
             "predicted": predicted["mean"],
             "error_percent": 100 * (predicted["mean"] / found.mean - 1),
+            "error_without_dry_run_percent": 100 * (posted[metric]["mean"] / found.mean - 1),
         }
     return row
 
 
 def _errors(cells: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any] | None:
     errors = np.array([cell[metric]["error_percent"] for cell in cells if cell[metric]])
-    noises = [cell[metric]["noise_percent"] for cell in cells if cell[metric]]
     if not len(errors):
         return None
+    without = np.array([cell[metric]["error_without_dry_run_percent"] for cell in cells if cell[metric]])
+    noises, floors = ([c[metric][key] for c in cells if c[metric]] for key in ("noise_percent", "floor_percent"))
     return {
         "num_cells": len(errors),
         "mean_percent": float(np.abs(errors).mean()),
         "max_percent": float(np.abs(errors).max()),
         "bias_percent": float(errors.mean()),
+        "without_dry_run_percent": float(np.abs(without).mean()),
         "noise_percent": None if None in noises else float(np.mean(noises)),
+        "floor_percent": None if None in floors else float(np.mean(floors)),
     }
 
 

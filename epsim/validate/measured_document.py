@@ -13,18 +13,28 @@ _HEAD = """# Validation: measured runs
 
 Real expert-parallel runs on a real (shaped) network, beside predictions made from separate micro-benchmarks alone: of
 the network (`epsim measure network`) and, where devices compute, of the device (`epsim measure device`). Nothing is
-fitted to the runs. `epsim validate measured --docs docs/measured-runs.md` wrote this page and its figure from the
-measurements that ship with epsim; edit nothing here by hand. How it is measured, and how to measure your own machine:
-[measure.md](measure.md).
+fitted to the runs. One figure, what a received message takes, is solved for in a **dry run** of the engine itself on
+the same network (one token on every rank, every part a pause), one for each mode; *without the dry run* is the mean
+error with the time of posting a receive in its place.
+
+`epsim validate measured --docs docs/measured-runs.md` wrote this page and its figure from the measurements that ship
+with epsim; edit nothing here by hand. How it is measured, and how to measure your own machine: [measure.md](measure.md).
 
 - **Measured** is the mean over launches (all processes started afresh) of each launch's median over runs.
-- **Noise** is how far one launch is from the mean of the others of its cell: no prediction can be better than that.
+- **Noise** is how far one launch is from the mean of the others of its cell; the **floor** is what is left of it in the
+  mean of the launches, and so the error that a prediction without any fault would have.
 - A **change** compares two cells that differ in one setting, in percent of the first; its error is in points. Its sign
   counts where the measured change is beyond 5 %.
 - **Emulated** devices are waits as long as the scenario's device would take: the network, its messages and the programs
   of the ranks are real, the kernels are not. **Dilated** by k: devices and links are k times slower, so that what this
   machine itself adds to every message weighs k times less. **Real** runs compute every product of the model.
 """
+
+
+# Mean errors at most, %: TTFT, TPOT; of changes of TTFT, points. By emulated, dilated, more than two ranks.
+_TARGETS = {(True, True, False): (1, 3, 2), (True, False, False): (2, 5, 2), (True, True, True): (3, 8, 2)}
+_REAL_TARGETS = (5, None, 5)  # TPOT: beside the noise
+_RIGHT_SIGN_PERCENT = 97
 
 
 def write_measured_document(path: Path, reports: Sequence[Mapping[str, Any]]) -> list[Path]:
@@ -36,10 +46,40 @@ def write_measured_document(path: Path, reports: Sequence[Mapping[str, Any]]) ->
 
 def document(reports: Sequence[Mapping[str, Any]]) -> str:
     """Return the whole text."""
-    parts = [_HEAD, summary(reports), "![Predicted against measured times](images/measured-runs.png)"]
+    parts = [_HEAD, targets(reports), summary(reports), "![Predicted against measured times](images/measured-runs.png)"]
     for report in reports:
         parts += section(report)
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def targets(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return what was aimed at and what is reached, for each folder."""
+    rows = []
+    for report in reports:
+        options = report["options"]
+        kind = (options["emulated"], options["dilation"] != 1, len(report["networks"][0]["fits"]) > 1)
+        aims = _TARGETS.get(kind, _REAL_TARGETS) if options["emulated"] else _REAL_TARGETS
+        gains = report["gain_errors"]["ttft_s"][-1] if report["gain_errors"]["ttft_s"] else None
+        figures = [("mean error of " + _name(m), report["errors"][m]["mean_percent"], "%") for m in METRICS]
+        figures.append(("mean error of changes of TTFT", gains["mean_error_points"] if gains else None, "points"))
+        rows += [(title(report), *_target(*figure, aim)) for figure, aim in zip(figures, aims, strict=True)]
+        for metric in METRICS:
+            found = report["gain_errors"][metric][-1] if report["gain_errors"][metric] else None
+            if found and found["num_clear"]:
+                share = 100 * found["num_right_sign"] / found["num_clear"]
+                met = "met" if share >= _RIGHT_SIGN_PERCENT else f"missed by {_RIGHT_SIGN_PERCENT - share:.1f} %"
+                what = f"right sign of changes of {_name(metric)} beyond 5 %"
+                rows.append((title(report), what, f"at least {_RIGHT_SIGN_PERCENT} %", f"{share:.1f} %", met))
+    return "## Targets and what is reached\n\n" + table(("runs", "figure", "target", "reached", ""), rows)
+
+
+def _target(what: str, figure: float | None, unit: str, aim: float | None) -> tuple[str, str, str, str]:
+    if figure is None:
+        return what, "-", "-", "-"
+    if aim is None:
+        return what, "beside the noise", f"{figure:.2f} {unit}", ""
+    met = "met" if figure <= aim else f"missed by {figure - aim:.2f} {unit}"
+    return what, f"at most {aim:g} {unit}", f"{figure:.2f} {unit}", met
 
 
 def summary(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -59,12 +99,26 @@ def summary(reports: Sequence[Mapping[str, Any]]) -> str:
                     f"{errors['mean_percent']:.2f} %",
                     f"{errors['max_percent']:.2f} %",
                     f"{errors['bias_percent']:+.2f} %",
+                    f"{errors['without_dry_run_percent']:.2f} %",
                     number(errors["noise_percent"], 2) + " %",
+                    number(errors["floor_percent"], 2) + " %",
                     "-" if all_gains is None else f"{all_gains['mean_error_points']:.2f} points",
                     "-" if all_gains is None else f"{all_gains['num_right_sign']} of {all_gains['num_clear']}",
                 )
             )
-    columns = ("runs", "", "cells", "mean error", "largest", "bias", "noise", "error of changes", "right sign")
+    columns = (
+        "runs",
+        "",
+        "cells",
+        "mean error",
+        "largest",
+        "bias",
+        "without the dry run",
+        "noise",
+        "floor",
+        "error of changes",
+        "right sign",
+    )
     return "## Errors\n\n" + table(columns, rows)
 
 
@@ -83,7 +137,8 @@ def section(report: Mapping[str, Any]) -> list[str]:
     said = (
         f"{report['num_launches']} launches of {options['num_runs']} runs, on {machine['date']}: {machine['cpu']}, "
         f"{machine['num_cpus']} cores, {machine['system']}, torch {machine['torch']}, epsim {machine['epsim']}; "
-        f"{sum(cell['num_repeated'] for cell in report['cells'])} runs were disturbed by other work and repeated."
+        f"{sum(cell['num_repeated'] for cell in report['cells'])} runs were disturbed by other work and repeated, "
+        f"{sum(cell['num_disturbed'] for cell in report['cells'])} kept although they were."
     )
     parts = [f"## {title(report)}", said, _networks(report), "### Changes", _gains(report), "### Every cell"]
     return [*parts, _cells(report)]
@@ -103,15 +158,16 @@ def _networks(report: Mapping[str, Any]) -> str:
                     f"{fit['message_header_bytes']:.0f} B",
                     f"{100 * fit['ack_overhead']:.1f} %",
                     f"{1e6 * entry['send_overhead_s']:.0f} us",
-                    f"{1e6 * entry['receive_overhead_s']:.0f} us",
+                    f"{1e6 * entry['post_receive_s']:.0f} us",
+                    " / ".join(f"{1e6 * entry['receive_overhead_s'][mode]:.0f}" for mode in ("sync", "async")) + " us",
                     "-" if background is None else f"{background / 1e9:.2f} GB/s",
                     f"{1e6 * entry['barrier_s']:.0f} us",
                     f"{100 * fit['mean_error']:.1f} %",
                 )
             )
     columns = (
-        "narrowest link", "latency", "framing", "header", "ACKs", "post a send", "post a receive", "background",
-        "barrier", "mean error of one-way times",
+        "narrowest link", "latency", "framing", "header", "ACKs", "post a send", "post a receive",
+        "a received message, dry run, sync / async", "background", "barrier", "mean error of one-way times",
     )  # fmt: skip
     return "What the micro-benchmarks said:\n\n" + table(columns, rows)
 

@@ -1,0 +1,135 @@
+"""A small grid measured here and now, and what is predicted of it from its own micro-benchmarks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("torch")
+from epsim.cli import app
+from epsim.measure.launch import namespaces_reason
+from epsim.scenario import load_scenario
+
+ROOT = Path(__file__).parent.parent
+TWO_RANKS = str(ROOT / "scenarios/testbed/two-ranks.yaml")
+SMALL = [
+    "--set", "trace={kind: uniform, vision_tokens: 16, text_tokens: 8, output_tokens: 4}",
+    "--set", "model.vision.image_size=32", "--set", "workload.batch_sizes=[4]",
+]  # fmt: skip
+REASON = namespaces_reason()
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_a_grid_that_is_measured_here_is_predicted(tmp_path: Path) -> None:
+    """Emulated in slow motion, so that a busy machine matters little; the bounds leave it room all the same."""
+    folder = tmp_path / "runs"
+    measure = [
+        "measure", "run", TWO_RANKS, "--emulate", "--dilation", "10", "--launches", "1", "--runs", "2", *SMALL,
+        "--axis", "transmission.mode=sync,async", "--axis", "transmission.dedup=none,device", "-o", str(folder),
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, measure, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["validate", "measured", str(folder), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (report,) = json.loads(done.stdout)
+    assert report["options"]["shaped"]
+    assert report["errors"]["ttft_s"]["num_cells"] == 4
+    assert report["errors"]["ttft_s"]["mean_percent"] < 5
+    assert report["errors"]["tpot_s"]["mean_percent"] < 15
+    clear = report["gain_errors"]["ttft_s"][-1]
+    assert clear["num_right_sign"] == clear["num_clear"] > 0
+
+
+def test_a_network_file_goes_into_a_scenario(tmp_path: Path) -> None:
+    """On plain loopback, which is everywhere; it says that nothing is shaped."""
+    path = tmp_path / "network.yaml"
+    command = ["measure", "network", TWO_RANKS, "--unshaped", "--emulate", *SMALL, "-o", str(path)]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "UNSHAPED" in done.stdout
+    usual, measured = (load_scenario(Path(TWO_RANKS), changes) for changes in ([], [f"@{path}"]))
+    assert measured.cluster.links[0].bandwidth != usual.cluster.links[0].bandwidth
+    assert measured.cluster.links[0].latency > 0
+    messaging = measured.cluster.device_types["small"].messaging
+    assert messaging is not None
+    assert 1e-6 < messaging.send_overhead < 0.1
+    assert measured.transmission.connections == "pair"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dilation", "10"], "--dilation: 10 is for emulated devices; add --emulate, or leave it out"),
+        (["--emulate", "--way", "nap"], '--way: "nap" is not known; write sleep or spin'),
+        (["--emulate", "--device", "tpu"], '--device: "tpu" is not known; write cpu or cuda'),
+        (["--emulate", "--backend", "mpi"], '--backend: "mpi" is not known; write gloo or nccl'),
+        (["--emulate", "--rank", "0"], "--master: None is not where rank 0 listens; write e.g. 192.168.1.10:29500"),
+        (["--emulate", "--master", "a:1"], "--master, --interface: are for --rank"),
+        (
+            ["--unshaped"],
+            "--device-profile: real runs are predicted from one; write it first with epsim measure device",
+        ),
+        (["--unshaped", "--device-profile", "none.json"], "--device-profile: none.json cannot be read"),
+        (
+            ["--emulate", "--unshaped", "--axis", "cluster.links[cable].bandwidth=1 Gbit/s,2 Gbit/s"],
+            "--axis: links differ between cells, but this network is not shaped",
+        ),
+        (["--emulate", "--unshaped", "--set", "parallelism.kind=tp"], "has no engine to be measured; write ep"),
+        (["--emulate", "--unshaped", "--set", "@no.yaml"], "--set @no.yaml: cannot be read"),
+        (["--emulate", "--unshaped", "--dilation", "0.5"], "--dilation: 0.5 is not from 1 to 1000"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    from epsim.errors import InputError
+
+    with pytest.raises(InputError) as raised:
+        CliRunner().invoke(
+            app, ["measure", "run", TWO_RANKS, "-o", str(tmp_path / "runs"), *arguments], catch_exceptions=False
+        )
+    assert message in str(raised.value)
+    assert not (tmp_path / "runs" / "measured.json").exists()
+
+
+def one_command_per_rank(out: Path, port: int, *more: str) -> list[subprocess.Popen[str]]:
+    """Start the command of each of two ranks, as on two hosts."""
+    command = [
+        sys.executable, "-m", "epsim", "measure", "run", TWO_RANKS, "--emulate", "--launches", "1", "--runs", "1",
+        *SMALL, "-o", str(out), "--master", f"127.0.0.1:{port}", "--interface", "lo", *more,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen([*command, "--rank", str(rank)], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+        for rank in range(2)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_command_for_each_rank_measures_together(tmp_path: Path) -> None:
+    ranks = one_command_per_rank(tmp_path / "runs", free_port())
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    done = CliRunner().invoke(app, ["validate", "measured", str(tmp_path / "runs"), "--cells"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "UNSHAPED network" in done.stdout
+
+
+def test_the_rank_that_is_left_ends_soon_and_names_the_other(tmp_path: Path) -> None:
+    ranks = one_command_per_rank(tmp_path / "runs", free_port(), "--set", "workload.max_output_tokens=4")
+    time.sleep(12)
+    ranks[1].kill()
+    _, said = ranks[0].communicate(timeout=30)
+    assert ranks[0].returncode == 1, said
+    assert said.strip().splitlines()[-1].startswith("epsim: rank 1 is gone"), said
+    ranks[1].communicate()
+    assert not (tmp_path / "runs" / "measured.json").exists()
