@@ -44,7 +44,7 @@ def run_rank(job: dict[str, Any], transport: Transport, emit: Emit) -> None:
     if job["kind"] == "network":
         say({"network": measure_network(transport, job, device)})
         return
-    job["way"] = transport.gather(job["way"])[0]  # as the micro-benchmarks found, which rank 0 alone may know
+    job["way"] = transport.gather(job.get("way"))[0]  # as the micro-benchmarks found, which rank 0 alone may know
     for cell in job["cells"]:
         say(_run_cell(job, cell, transport, device))
 

@@ -18,7 +18,7 @@ the same network (one token on every rank, every part a pause), one for each mod
 error with the time of posting a receive in its place.
 
 `epsim validate measured --docs docs/measured-runs.md` wrote this page and its figure from the measurements that ship
-with epsim; edit nothing here by hand. How it is measured, and how to measure your own machine: [measure.md](measure.md).
+with epsim; edit nothing here by hand. How it is measured, and how to measure your own: [measure.md](measure.md).
 
 - **Measured** is the mean over launches (all processes started afresh) of each launch's median over runs.
 - **Noise** is how far one launch is from the mean of the others of its cell; the **floor** is what is left of it in the
