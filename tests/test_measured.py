@@ -187,7 +187,10 @@ def folder_of_runs(folder: Path, factor: float) -> Path:
         overrides = profile.overrides(cell.spec, build_cluster(cell.spec.cluster.model_dump()))
         steps = simulate(with_overrides(cell.spec, overrides)).steps[cell.spec.workload.batch_sizes[0]]
         measured = [factor * step.duration_s for step in steps]
-        cells[str(number)] = {"step_s": [measured] * 2, "kv_s": [0.0] * 2, "num_repeated": 1}
+        parts = {"parts": ["experts", "remote", "shared"], "prefill_parts_s_RP": [[1.0, 0.0, 0.5]] * 2}
+        cells[str(number)] = {
+            "step_s": [measured] * 2, "kv_s": [0.0] * 2, "num_repeated": 1, **parts, "decode_parts_s_RP": None,
+        }  # fmt: skip
     runs.launches = [{"machine": {}, "cells": cells}] * 2
     folder.mkdir()
     runs.write(folder)

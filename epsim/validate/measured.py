@@ -7,7 +7,7 @@ floor is what the mean of the launches is off by on that account, and so a predi
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from epsim.metrics import RequestRecord
 from epsim.run import assemble, simulate
 from epsim.scenario import ScenarioSpec
 from epsim.sim.step import Mode
+from epsim.validate.measured_parts import experts_ratio
 
 METRICS = ("ttft_s", "tpot_s")
+PHASES = ("prefill", "decode")
 CLEAR_GAIN_PERCENT = 5.0  # gains beyond it should have the right sign
 Floats = npt.NDArray[np.float64]
 
@@ -114,7 +116,9 @@ def measured_report(folder: Path) -> dict[str, Any]:
     for number, cell in enumerate(runs.cells):
         own = runs.runs_of(number)
         if own.step_s:
-            cells.append(_cell(runs, cell, own, folder))
+            row = _cell(runs, cell, own, folder)
+            row["experts_ratio"] = experts_ratio(runs, number, predicted_spec(runs, cell, folder))
+            cells.append(row)
     return {
         "scenario": runs.scenario["name"],
         "machine": runs.machine,
@@ -123,10 +127,16 @@ def measured_report(folder: Path) -> dict[str, Any]:
         "num_launches": len(runs.launches),
         "networks": [_network(runs, network) for network in _first_cells(runs)],
         "cells": cells,
+        "experts_ratio": {phase: _mean_of(cell["experts_ratio"][phase] for cell in cells) for phase in PHASES},
         "errors": {metric: _errors(cells, metric) for metric in METRICS},
         "gains": {metric: list(_gains(cells, runs.axes, metric)) for metric in METRICS},
         "gain_errors": {metric: _gain_errors(list(_gains(cells, runs.axes, metric))) for metric in METRICS},
     }
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _first_cells(runs: MeasuredRuns) -> list[Cell]:

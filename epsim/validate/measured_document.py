@@ -140,6 +140,12 @@ def section(report: Mapping[str, Any]) -> list[str]:
         f"{sum(cell['num_repeated'] for cell in report['cells'])} runs were disturbed by other work and repeated, "
         f"{sum(cell['num_disturbed'] for cell in report['cells'])} kept although they were."
     )
+    ratio = report["experts_ratio"]
+    source = "the scenario's device" if options["emulated"] else "the profile"
+    said += (
+        f" Experts took {number(ratio['prefill'], 2)} times as long in prefill, and {number(ratio['decode'], 2)} times in "
+        f"decode, as {source} has them."
+    )
     parts = [f"## {title(report)}", said, _networks(report), "### Changes", _gains(report), "### Every cell"]
     return [*parts, _cells(report)]
 
