@@ -143,8 +143,8 @@ def section(report: Mapping[str, Any]) -> list[str]:
     ratio = report["experts_ratio"]
     source = "the scenario's device" if options["emulated"] else "the profile"
     said += (
-        f" Experts took {number(ratio['prefill'], 2)} times as long in prefill, and {number(ratio['decode'], 2)} times in "
-        f"decode, as {source} has them."
+        f" Experts took {number(ratio['prefill'], 2)} times as long in prefill, and {number(ratio['decode'], 2)} times "
+        f"in decode, as {source} has them."
     )
     parts = [f"## {title(report)}", said, _networks(report), "### Changes", _gains(report), "### Every cell"]
     return [*parts, _cells(report)]

@@ -48,6 +48,8 @@ def _experts_s(cell: dict[str, Any], key: str) -> float:
 def _planned_s(plan: StepPlan) -> float:
     total_s = 0.0
     for batch in plan.batches:
-        own_s = batch.local_s_LR.sum() + batch.remote_s_LCRR.sum() if batch.mode == "async" else batch.experts_s_LR.sum()
+        own_s = (
+            batch.local_s_LR.sum() + batch.remote_s_LCRR.sum() if batch.mode == "async" else batch.experts_s_LR.sum()
+        )
         total_s += float(own_s + batch.shared_s_LR.sum() + batch.served_s_LCRR.sum())
     return total_s
