@@ -18,6 +18,8 @@ from epsim.measured.network_profile import SIZES, NetworkProfile, with_overrides
 from epsim.run import simulate
 from epsim.scenario import ScenarioSpec, load_raw, load_scenario
 from epsim.validate.measured import Measured, measured_figures, measured_report
+from epsim.validate.measured_document import document
+from epsim.validate.shipped import shipped_folders
 
 ROOT = Path(__file__).parent.parent
 TWO_RANKS, TWO_NODES = ROOT / "scenarios/testbed/two-ranks.yaml", ROOT / "scenarios/testbed/two-nodes.yaml"
@@ -233,3 +235,14 @@ def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
     before = (folder / "measured.json").read_bytes()
     again.write(folder)
     assert (folder / "measured.json").read_bytes() == before
+
+
+def test_the_page_about_shipped_runs_is_what_the_command_writes() -> None:
+    """Every folder that ships is read, predicted, and printed as docs/measured-runs.md has it."""
+    reports = [measured_report(folder) for folder in shipped_folders()]
+    assert document(reports) == (ROOT / "docs/measured-runs.md").read_text(encoding="utf-8")
+    emulated = [report for report in reports if report["options"]["emulated"]]
+    assert len(emulated) == 3
+    for report in emulated:
+        gains = report["gain_errors"]["ttft_s"][-1]
+        assert gains["num_right_sign"] >= 0.97 * gains["num_clear"] > 0
