@@ -88,6 +88,10 @@ def measured(
             metavar="[DIR]...", help="Folders of epsim measure run (default: those that ship).", readable=False
         ),
     ] = None,
+    device_profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Predict real runs from this, not from the profile kept with them."),
+    ] = None,
     docs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the page, and its figure to images/ beside it.")
     ] = None,
@@ -109,7 +113,7 @@ def measured(
         check_folder(docs.parent / "images")
     if csv is not None:
         check_file(csv)
-    reports = [measured_report(folder) for folder in folders or shipped_folders()]
+    reports = [measured_report(folder, device_profile) for folder in folders or shipped_folders()]
     if docs is not None:
         for path in write_measured_document(docs, reports):
             typer.echo(f"wrote {path}", err=True)

@@ -56,8 +56,8 @@ class Measured:
         return None if noise is None else noise * math.sqrt(n - 1) / n
 
 
-def predicted_spec(runs: MeasuredRuns, cell: Cell, folder: Path, *, dry_run: bool = True) -> ScenarioSpec:
-    """Return the scenario of a cell with everything that the micro-benchmarks say.
+def predicted_spec(runs: MeasuredRuns, cell: Cell, device_profile: Path, *, dry_run: bool = True) -> ScenarioSpec:
+    """Return the scenario of a cell with everything that the micro-benchmarks say; of devices, if these compute.
 
     dry_run: what a received message takes is that of the engine run dry, not the posting of its receive alone.
     """
@@ -67,8 +67,9 @@ def predicted_spec(runs: MeasuredRuns, cell: Cell, folder: Path, *, dry_run: boo
     else:
         overrides = profile.terms(cell.spec, cluster, profile.post_receive_s)
     if not runs.options["emulated"]:
-        path = folder / DEVICE_FILE
-        overrides |= {f"cluster.device_types.{name}.profile": str(path) for name in cell.spec.cluster.device_types}
+        overrides |= {
+            f"cluster.device_types.{name}.profile": str(device_profile) for name in cell.spec.cluster.device_types
+        }
     return with_overrides(cell.spec, overrides)
 
 
@@ -109,15 +110,18 @@ def _records(requests: Sequence[npt.NDArray[np.int64]], step_s: Floats, kv_s: fl
     return [RequestRecord(request_id=q, arrival_s=0.0, token_times_s=tuple(seen)) for q, seen in times.items()]
 
 
-def measured_report(folder: Path) -> dict[str, Any]:
-    """Return cells, errors and gains of a folder of measured runs, as plain values."""
-    runs = MeasuredRuns.read(folder)
+def measured_report(folder: Path, device_profile: Path | None = None) -> dict[str, Any]:
+    """Return cells, errors and gains of a folder of measured runs, as plain values.
+
+    device_profile: to predict real runs from, in place of the one that was kept with them.
+    """
+    runs, device = MeasuredRuns.read(folder), device_profile or folder / DEVICE_FILE
     cells = []
     for number, cell in enumerate(runs.cells):
         own = runs.runs_of(number)
         if own.step_s:
-            row = _cell(runs, cell, own, folder)
-            row["experts_ratio"] = experts_ratio(runs, number, predicted_spec(runs, cell, folder))
+            row = _cell(runs, cell, own, device)
+            row["experts_ratio"] = experts_ratio(runs, number, predicted_spec(runs, cell, device))
             cells.append(row)
     return {
         "scenario": runs.scenario["name"],
@@ -164,10 +168,10 @@ def _in_mode(spec: ScenarioSpec, mode: Mode) -> ScenarioSpec:
     return spec.model_copy(update={"transmission": spec.transmission.model_copy(update={"mode": mode})})
 
 
-def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, folder: Path) -> dict[str, Any]:
+def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, device: Path) -> dict[str, Any]:
     measured = measured_figures(_requests(cell), own)
     summary, posted = (
-        simulate(predicted_spec(runs, cell, folder, dry_run=dry_run)).results["batch_sizes"][0]
+        simulate(predicted_spec(runs, cell, device, dry_run=dry_run)).results["batch_sizes"][0]
         for dry_run in (True, False)
     )
     row: dict[str, Any] = {

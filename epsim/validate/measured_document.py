@@ -242,6 +242,8 @@ def _figure(reports: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _scatter(ax: Any, found: Sequence[Mapping[str, float]]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if not found:
         return
     measured = [1e3 * cell["measured"] for cell in found]
@@ -257,3 +259,7 @@ def _scatter(ax: Any, found: Sequence[Mapping[str, float]]) -> None:
     ax.set_yscale("log")
     ax.set_xlim(limits)
     ax.set_ylim(limits)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
