@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "warm_up": {"run", "scenario"},
     "capture": {"atomic", "model", "scenario", "trace"},
     "specialize": {"atomic", "capture", "model", "scenario", "trace"},
-    "measured": {"atomic", "cluster", "compare", "run", "scenario"},
+    "measured": {"atomic", "batch", "cluster", "compare", "run", "scenario", "sim"},
     "measure": {
         "atomic",
         "batch",

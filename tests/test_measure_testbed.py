@@ -31,6 +31,15 @@ needs_namespaces = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 TRACE = "trace={kind: uniform, vision_tokens: 64, text_tokens: 9, output_tokens: 300}"
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else goes on on the machine puts nothing into it."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
 def cluster_of(path: Path, *changes: str) -> Cluster:
     return build_cluster(load_scenario(path, changes).cluster.model_dump())
 
