@@ -219,7 +219,7 @@ def test_weights_follow_from_the_seed() -> None:
         ([0, 1, 0], [0, 0, 1], False, "do not ascend"),
         ([1, 0], [3, 4], True, "do not ascend"),
         ([0, 0], [3, 4], True, "one token of each"),
-        ([0, 0], [1, 2], False, "whole prompts"),
+        ([0, 0], [1, 3], False, "without gaps"),
         ([0, 0], [1], False, "same length"),
     ],
 )

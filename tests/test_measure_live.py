@@ -75,12 +75,18 @@ def test_a_network_file_goes_into_a_scenario(tmp_path: Path) -> None:
             ["--unshaped"],
             "--device-profile: real runs are predicted from one; write it first with epsim measure device",
         ),
-        (["--unshaped", "--device-profile", "none.json"], "--device-profile: none.json cannot be read"),
+        (
+            ["--unshaped", "--device-profile", "none.json"],
+            "none.json: cannot be read: No such file or directory; name a device profile",
+        ),
         (
             ["--emulate", "--unshaped", "--axis", "cluster.links[cable].bandwidth=1 Gbit/s,2 Gbit/s"],
             "--axis: links differ between cells, but this network is not shaped",
         ),
-        (["--emulate", "--unshaped", "--set", "parallelism.kind=tp"], "has no engine to be measured; write ep"),
+        (
+            ["--emulate", "--unshaped", "--set", "parallelism.kind=pd", "--set", "placement={policy: contiguous}"],
+            "parallelism.kind: pd has no engine to be measured; write ep",
+        ),
         (["--emulate", "--unshaped", "--set", "@no.yaml"], "--set @no.yaml: cannot be read"),
         (["--emulate", "--unshaped", "--dilation", "0.5"], "--dilation: 0.5 is not from 1 to 1000"),
     ],
