@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from epsim.cost.profile import AXES, DeviceProfile, OpTable, shapes_of, wire_nam
 from epsim.errors import InputError
 from epsim.measure.device_plan import grids, plan_cells
 from epsim.measure.device_run import Job, Samples, measure_cells
+from epsim.measure.machine import cpu_name
 from epsim.measure.ranges import Ranges
 from epsim.measure.wire import Wire
 from epsim.model import ModelCard
@@ -72,7 +72,7 @@ def measure_device(job: Job, advance: Callable[[], None] = lambda: None) -> Devi
     Raises CapacityError if the device's memory does not suffice.
     """
     samples = measure_cells(job, advance)
-    cpu = _cpu_name()
+    cpu = cpu_name()
     return DeviceProfile(
         model=job.card.name,
         shapes=shapes_of(job.card),
@@ -134,11 +134,3 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device; write --device cpu")
     return torch.device(name)
-
-
-def _cpu_name() -> str:
-    """Return the name of the processor as Linux knows it; elsewhere what python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -7,7 +7,6 @@ from typing import Any
 from epsim import __version__
 from epsim.atomic import whole_file
 from epsim.cluster import Cluster, build_cluster
-from epsim.measured.dry_run import MODES
 from epsim.measured.network_profile import LinkFit, NetworkProfile
 from epsim.scenario import ScenarioSpec
 from epsim.scenario.yaml_text import dump_yaml
@@ -50,15 +49,7 @@ class NetworkFile:
             "barrier_s": self.profile.raw["barrier"]["s"],
             "send_overhead_s": self.profile.send_overhead_s,
             "post_receive_s": self.profile.post_receive_s,
-            "receive_overhead_s": {
-                mode: self.profile.receive_overhead_s(
-                    self.spec.model_copy(
-                        update={"transmission": self.spec.transmission.model_copy(update={"mode": mode})}
-                    ),
-                    self._cluster,
-                )
-                for mode in MODES
-            },
+            "receive_overhead_s": self.profile.receive_overheads_s(self.spec, self._cluster),
             "background_bytes_per_s": self.profile.background_bytes_per_s,
             "iperf3_bytes_per_s": self.profile.raw.get("iperf3_bytes_per_s"),
             "pairs": [

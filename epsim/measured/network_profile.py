@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from epsim.cluster import Cluster
 from epsim.measured.dilation import without_messages
-from epsim.measured.dry_run import dry_spec, receive_overhead_s
+from epsim.measured.dry_run import MODES, dry_spec, receive_overhead_s
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
 from epsim.sim.step import Mode
 
@@ -68,7 +68,13 @@ class NetworkProfile:
 
     def receive_overhead_s(self, spec: ScenarioSpec, cluster: Cluster) -> float:
         """What a received message takes in the scenario's mode, from dry runs (`epsim.measured.dry_run`)."""
-        mode = spec.transmission.mode
+        return self._receive_overhead_s(spec, spec.transmission.mode, cluster)
+
+    def receive_overheads_s(self, spec: ScenarioSpec, cluster: Cluster) -> dict[Mode, float]:
+        """Return the same for every mode."""
+        return {mode: self._receive_overhead_s(spec, mode, cluster) for mode in MODES}
+
+    def _receive_overhead_s(self, spec: ScenarioSpec, mode: Mode, cluster: Cluster) -> float:
         if mode not in self._receive_s:
             self._receive_s[mode] = self._dry_receive_s(spec, mode, cluster)
         return self._receive_s[mode]

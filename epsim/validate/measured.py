@@ -17,14 +17,12 @@ import numpy.typing as npt
 
 from epsim.batch import step_inputs
 from epsim.cluster import build_cluster
-from epsim.measured.dry_run import MODES
 from epsim.measured.folder import DEVICE_FILE, CellRuns, MeasuredRuns
 from epsim.measured.grid import Cell
 from epsim.measured.network_profile import with_overrides
 from epsim.metrics import RequestRecord
 from epsim.run import assemble, simulate
 from epsim.scenario import ScenarioSpec
-from epsim.sim.step import Mode
 from epsim.validate.measured_parts import experts_ratio
 
 METRICS = ("ttft_s", "tpot_s")
@@ -156,16 +154,12 @@ def _network(runs: MeasuredRuns, cell: Cell) -> dict[str, Any]:
         "links": [f"{link.name or link.source + '-' + link.target}" for link in cell.spec.cluster.links],
         "fits": [vars(fit) for fit in profile.fits(cluster)],
         "send_overhead_s": profile.send_overhead_s,
-        "receive_overhead_s": {mode: profile.receive_overhead_s(_in_mode(cell.spec, mode), cluster) for mode in MODES},
+        "receive_overhead_s": profile.receive_overheads_s(cell.spec, cluster),
         "post_receive_s": profile.post_receive_s,
         "background_bytes_per_s": profile.background_bytes_per_s,
         "barrier_s": profile.raw["barrier"]["s"],
         "set": {path: str(value) for path, value in profile.overrides(cell.spec, cluster).items()},
     }
-
-
-def _in_mode(spec: ScenarioSpec, mode: Mode) -> ScenarioSpec:
-    return spec.model_copy(update={"transmission": spec.transmission.model_copy(update={"mode": mode})})
 
 
 def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, device: Path) -> dict[str, Any]:
