@@ -20,7 +20,8 @@ demo: $(VENV)/core.stamp
 		--axis placement.policy=contiguous,modality_bins
 
 test: $(VENV)/dev.stamp lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """The commands `epsim measure network` and `epsim measure run`: parse, call, print."""
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -9,7 +12,7 @@ import typer
 
 from epsim.cli_trace import Overrides, ScenarioPath
 from epsim.console import print_in_full
-from epsim.interrupt import exit_early, stop_at_hangup
+from epsim.interrupt import exit_early, leave, stop_at_hangup
 
 if TYPE_CHECKING:
     from epsim.measure.driver import RunJob, RunOptions
@@ -57,13 +60,14 @@ def network(
     from epsim.measure.driver import measure_network
 
     run_job = _run_job(options, rank, master, interface)
-    profile, machine = _to_end(lambda: measure_network(spec, options, run_job), "no file was written")
-    if rank:
-        return
-    content = network_file(profile, spec, machine, emulated=emulate)
-    content.write(output)
-    print_in_full(network_tables(content.summary()))
-    typer.echo(f"wrote {output}; in a scenario: --set @{output}", err=True)
+    with _ended_as_rank(rank):
+        profile, machine = _to_end(lambda: measure_network(spec, options, run_job), "no file was written")
+        if rank:
+            return
+        content = network_file(profile, spec, machine, emulated=emulate)
+        content.write(output)
+        print_in_full(network_tables(content.summary()))
+        typer.echo(f"wrote {output}; in a scenario: --set @{output}", err=True)
 
 
 def run(
@@ -106,15 +110,16 @@ def run(
 
     folder = None if rank else output
     run_job = _run_job(options, rank, master, interface)
-    _to_end(
-        lambda: measure_runs(
-            raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True),
-            device_profile=device_profile, run_job=run_job,
-        ),
-        f"complete launches are in {output}; go on with --resume",
-    )  # fmt: skip
-    if folder is not None:
-        typer.echo(f"wrote {folder}; next: epsim validate measured {folder}", err=True)
+    with _ended_as_rank(rank):
+        _to_end(
+            lambda: measure_runs(
+                raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True),
+                device_profile=device_profile, run_job=run_job,
+            ),
+            f"complete launches are in {output}; go on with --resume",
+        )  # fmt: skip
+        if folder is not None:
+            typer.echo(f"wrote {folder}; next: epsim validate measured {folder}", err=True)
 
 
 def _options(
@@ -125,6 +130,8 @@ def _options(
     from epsim.capture.extra import require_trace_extra
     from epsim.errors import InputError
 
+    if rank is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # epsim says itself who is gone
     require_trace_extra()
     for option, value, known in (("--device", on, ("cpu", "cuda")), ("--backend", backend, ("gloo", "nccl"))):
         if value not in known:
@@ -158,6 +165,13 @@ def _run_job(options: "RunOptions", rank: int | None, master: str | None, interf
         return options.run_job
     if master is None or not master.rpartition(":")[2].isdecimal() or not master.rpartition(":")[0]:
         raise InputError(f"--master: {master} is not where rank 0 listens; write e.g. 192.168.1.10:29500")
+    host = master.rpartition(":")[0]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise InputError(
+            f"--master: {host} is not known here ({error}); write a name or address of rank 0's host"
+        ) from error
     from epsim.measure.here import JobsHere
 
     return JobsHere(rank, master, interface)
@@ -171,3 +185,23 @@ def _to_end(measure: Callable[[], Outcome], rest: str) -> Outcome:
         return measure()
     except KeyboardInterrupt as stopped_by:
         exit_early(stopped_by, rest)
+
+
+@contextlib.contextmanager
+def _ended_as_rank(rank: int | None) -> Iterator[None]:
+    """A process that was a rank ends with the block, however that ends (`leave` says why); None: it was none."""
+    from epsim.errors import EpsimError, InputError
+
+    if rank is None:
+        yield
+        return
+    try:
+        yield
+    except InputError:
+        raise
+    except EpsimError as error:
+        typer.echo(f"epsim: {error}", err=True)
+        leave(1)
+    except typer.Exit as stopped:
+        leave(stopped.exit_code)
+    leave(0)

@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "batch",
         "cluster",
         "cost",
+        "interrupt",
         "measured",
         "model",
         "placement",

@@ -1,11 +1,14 @@
 """A small grid measured here and now, and what is predicted of it from its own micro-benchmarks."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ SMALL = [
     "--set", "model.vision.image_size=32", "--set", "workload.batch_sizes=[4]",
 ]  # fmt: skip
 REASON = namespaces_reason()
+pytestmark = pytest.mark.alone
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -70,6 +74,7 @@ def test_a_network_file_goes_into_a_scenario(tmp_path: Path) -> None:
         (["--emulate", "--device", "tpu"], '--device: "tpu" is not known; write cpu or cuda'),
         (["--emulate", "--backend", "mpi"], '--backend: "mpi" is not known; write gloo or nccl'),
         (["--emulate", "--rank", "0"], "--master: None is not where rank 0 listens; write e.g. 192.168.1.10:29500"),
+        (["--emulate", "--rank", "0", "--master", "no.invalid:29500"], "--master: no.invalid is not known here"),
         (["--emulate", "--master", "a:1"], "--master, --interface: are for --rank"),
         (
             ["--unshaped"],
@@ -102,28 +107,31 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: 
     assert not (tmp_path / "runs" / "measured.json").exists()
 
 
-def one_command_per_rank(out: Path, port: int, *more: str) -> list[subprocess.Popen[str]]:
-    """Start the command of each of two ranks, as on two hosts."""
+@contextlib.contextmanager
+def one_command_per_rank(out: Path, *more: str, num_ranks: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the command of each of two ranks, or of the first, as on their own hosts; none is left after the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "epsim", "measure", "run", TWO_RANKS, "--emulate", "--launches", "1", "--runs", "1",
+        sys.executable, "-m", "epsim", "measure", "run", TWO_RANKS, "--emulate", "--launches", "1",
         *SMALL, "-o", str(out), "--master", f"127.0.0.1:{port}", "--interface", "lo", *more,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen([*command, "--rank", str(rank)], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-        for rank in range(2)
-    ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank in range(num_ranks):
+            started = subprocess.Popen(
+                [*command, "--rank", str(rank)], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+            )
+            ranks.append(stack.enter_context(started))
+            stack.callback(started.kill)
+        yield ranks
 
 
 def test_a_command_for_each_rank_measures_together(tmp_path: Path) -> None:
-    ranks = one_command_per_rank(tmp_path / "runs", free_port())
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    with one_command_per_rank(tmp_path / "runs", "--runs", "1") as ranks:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     done = CliRunner().invoke(app, ["validate", "measured", str(tmp_path / "runs"), "--cells"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -131,11 +139,23 @@ def test_a_command_for_each_rank_measures_together(tmp_path: Path) -> None:
 
 
 def test_the_rank_that_is_left_ends_soon_and_names_the_other(tmp_path: Path) -> None:
-    ranks = one_command_per_rank(tmp_path / "runs", free_port(), "--set", "workload.max_output_tokens=4")
-    time.sleep(12)
-    ranks[1].kill()
-    _, said = ranks[0].communicate(timeout=30)
+    with one_command_per_rank(tmp_path / "runs") as ranks:
+        assert ranks[0].stderr is not None
+        assert ranks[0].stderr.readline().startswith("network 1 of 1")
+        time.sleep(3.0)  # by then they measure
+        ranks[1].kill()
+        _, said = ranks[0].communicate(timeout=10)
     assert ranks[0].returncode == 1, said
     assert said.strip().splitlines()[-1].startswith("epsim: rank 1 is gone"), said
-    ranks[1].communicate()
     assert not (tmp_path / "runs" / "measured.json").exists()
+
+
+def test_a_rank_that_waits_for_others_listens_to_ctrl_c(tmp_path: Path) -> None:
+    with one_command_per_rank(tmp_path / "runs", num_ranks=1) as (rank,):
+        assert rank.stderr is not None
+        assert rank.stderr.readline().startswith("network 1 of 1")
+        time.sleep(2.0)
+        rank.send_signal(signal.SIGINT)
+        _, said = rank.communicate(timeout=10)
+    assert rank.returncode == 130, said
+    assert said.startswith("epsim: interrupted; "), said

@@ -27,6 +27,7 @@ from epsim.measure.launch import RankDied, launch, namespaces_reason
 ROOT = Path(__file__).parent.parent
 TWO_RANKS, TWO_NODES = ROOT / "scenarios/testbed/two-ranks.yaml", ROOT / "scenarios/testbed/two-nodes.yaml"
 REASON = namespaces_reason()
+pytestmark = pytest.mark.alone
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 TRACE = "trace={kind: uniform, vision_tokens: 64, text_tokens: 9, output_tokens: 300}"
 

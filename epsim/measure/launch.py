@@ -27,6 +27,7 @@ from epsim.measure.topology import INTERFACE, topology_of
 Start = Callable[[int, list[str], dict[str, Any]], "subprocess.Popen[bytes]"]
 _PORT = 29500
 _POLL_S = 0.2
+PEER_LOST = 3  # exit code of a rank that lost another: it is not the one that died
 _LAST_WORDS_S = 2.0  # how long the others may take to end by themselves before it is said who did first
 
 
@@ -159,7 +160,7 @@ def _who_died(ranks: list[_Rank]) -> RankDied:
         time.sleep(_POLL_S / 4)
     causes = {}
     for number, rank in enumerate(ranks):
-        if rank.process.returncode and "is gone" not in rank.last_words:
+        if rank.process.returncode not in (0, None, PEER_LOST):
             causes[number] = _cause(rank.process.returncode, rank.last_words)
     if not causes:
         return RankDied("a rank lost its connection to another; run it again")
@@ -171,6 +172,6 @@ def _cause(code: int, words: str) -> str:
     number = -code if code < 0 else code - 128
     if code < 0 or code > 128:
         with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(number).name}"
+            return f"killed by {signal.Signals(number).name}" + (f": {words}" if words else "")
     said = words or f"exit code {code}"
     return said.split(": ", 1)[1] if said.startswith("rank ") and ": " in said else said

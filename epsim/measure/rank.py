@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from epsim.errors import EpsimError
+from epsim.interrupt import leave
 from epsim.measure.compute import ModelWork
 from epsim.measure.emulate import Waiter, WaitingWork
 from epsim.measure.engine import Engine, RunRecord
+from epsim.measure.launch import PEER_LOST
 from epsim.measure.machine import CpuTime, foreign_cpu_frac, machine_facts
 from epsim.measure.network import measure_network
 from epsim.measure.program import PARTS
-from epsim.measure.transport import Transport, now_s
+from epsim.measure.transport import PeerLost, Transport, now_s
 from epsim.measure.work import Work
 from epsim.measured.folder import DISTURBED_FRAC
 from epsim.run import assemble
@@ -163,10 +165,10 @@ def main() -> None:
     try:
         transport = Transport(options.rank, job["num_ranks"], options.master, job["backend"], options.interface)
         run_rank(job, transport, emit)
-        transport.close()
     except EpsimError as error:
-        print(f"rank {options.rank}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # threads of a broken transport must not keep the process
+        print(f"rank {options.rank}: {error}", file=sys.stderr)
+        leave(PEER_LOST if isinstance(error, PeerLost) else 1)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ NCCL has a communicator for each ordered pair, on which messages keep the order 
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -23,6 +24,7 @@ from epsim.errors import EpsimError
 Backend = Literal["gloo", "nccl"]
 MOST_CHUNKS = 64  # of a layer's tokens for one destination
 _TIMEOUT = timedelta(minutes=10)
+_SETTLE_S = 0.2
 
 
 class Kind(IntEnum):
@@ -53,7 +55,7 @@ class Posted:
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise PeerLost(f"rank {self.peer} is gone: {str(error).splitlines()[0]}") from error
+            raise _gone([self.peer], error) from error
 
 
 class Transport:
@@ -67,8 +69,10 @@ class Transport:
         if backend == "nccl":
             torch.cuda.set_device(rank % torch.cuda.device_count())
         try:
-            dist.init_process_group(
-                backend, init_method=f"tcp://{master}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
+            _interruptibly(
+                lambda: dist.init_process_group(
+                    backend, init_method=f"tcp://{master}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
+                )
             )
         except (RuntimeError, dist.DistError) as error:
             said = str(error).splitlines()[0]
@@ -107,7 +111,7 @@ class Transport:
         try:
             work = post(data, peer, group=self._group_of[pair], tag=int(kind) * self.num_ranks * MOST_CHUNKS + label)
         except RuntimeError as error:
-            raise PeerLost(f"rank {peer} is gone: {str(error).splitlines()[0]}") from error
+            raise _gone([peer], error) from error
         return Posted(work, peer)
 
     def barrier(self) -> None:
@@ -115,7 +119,7 @@ class Transport:
         try:
             dist.barrier(group=self._control)
         except RuntimeError as error:
-            raise PeerLost(f"another rank than {self.rank} is gone: {str(error).splitlines()[0]}") from error
+            raise _gone(self._lost_peers(), error) from error
 
     def gather(self, value: Any) -> list[Any]:
         """Return what each rank has put in, in rank order, on every rank (pickled: only among our own processes)."""
@@ -123,12 +127,53 @@ class Transport:
         try:
             dist.all_gather_object(values, value, group=self._control)
         except RuntimeError as error:
-            raise PeerLost(f"another rank than {self.rank} is gone: {str(error).splitlines()[0]}") from error
+            raise _gone(self._lost_peers(), error) from error
         return values
 
-    def close(self) -> None:
-        """Leave the others."""
-        dist.destroy_process_group()
+    def _lost_peers(self) -> list[int]:
+        """Return the ranks to which nothing can be sent any more: gloo does not say whom a collective waited for.
+
+        To those that are there something is posted, so this transport is of no use any more. [] if it cannot be known.
+        """
+        others = [peer for peer in range(self.num_ranks) if peer != self.rank]
+        if len(others) == 1:
+            return others
+        if self.backend == "nccl":
+            return []
+        time.sleep(_SETTLE_S)  # until all connections of a process that ended are known to be closed
+        lost = []
+        for peer in others:
+            try:
+                self.send(peer, Kind.KV, self.buffer(1))
+            except PeerLost:
+                lost.append(peer)
+        return lost
+
+
+def _interruptibly(call: Callable[[], Any]) -> None:
+    """Call in a thread: what waits for other ranks does not listen to Ctrl-C, and this does."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if raised:
+        raise raised[0]
+
+
+def _gone(peers: list[int], error: RuntimeError) -> PeerLost:
+    if len(peers) > 1:
+        who = f"ranks {', '.join(map(str, peers))} are"
+    else:
+        who = f"rank {peers[0]} is" if peers else "another rank is"
+    return PeerLost(f"{who} gone: {str(error).splitlines()[0]}")
 
 
 def _own_address(master: str) -> str:
