@@ -107,6 +107,19 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: 
     assert not (tmp_path / "runs" / "measured.json").exists()
 
 
+def test_a_device_profile_that_does_not_reach_far_enough_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    """It was measured for batches of up to 16."""
+    from epsim.errors import InputError
+
+    profile = ROOT / "epsim/validate/data/measured/two-ranks-real/device.json"
+    command = ["measure", "run", str(ROOT / "scenarios/testbed/two-ranks-fp32.yaml"), "--device-profile", str(profile)]
+    with pytest.raises(InputError, match=r"cluster\.device_types\.small\.profile .*measured from"):
+        CliRunner().invoke(
+            app, [*command, "--set", "workload.batch_sizes=[64]", "-o", str(tmp_path / "runs")], catch_exceptions=False
+        )
+    assert not (tmp_path / "runs").exists()
+
+
 @contextlib.contextmanager
 def one_command_per_rank(out: Path, *more: str, num_ranks: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
     """Start the command of each of two ranks, or of the first, as on their own hosts; none is left after the block."""

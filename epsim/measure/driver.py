@@ -12,7 +12,7 @@ import numpy as np
 
 from epsim.atomic import write_all, write_errors
 from epsim.cluster import Cluster, build_cluster
-from epsim.cost.profile import DeviceProfile, read_profile
+from epsim.cost.profile import read_profile
 from epsim.errors import InputError
 from epsim.measure.home_step import dtype_of
 from epsim.measure.launch import launch
@@ -21,8 +21,8 @@ from epsim.measured.dilation import without_messages
 from epsim.measured.dry_run import MODES, dry_spec
 from epsim.measured.folder import DEVICE_FILE, FILE, MeasuredRuns
 from epsim.measured.grid import Cell, cells_of, network_key
-from epsim.measured.network_profile import SIZES
-from epsim.run import check
+from epsim.measured.network_profile import SIZES, with_device_profile
+from epsim.run import check, simulate
 from epsim.scenario import ScenarioSpec
 
 Say = Callable[[str], None]
@@ -124,7 +124,7 @@ def measure_runs(
             "--axis: links differ between cells, but this network is not shaped; leave cluster.links alone"
         )
     if not options.emulated:
-        _check_dtype(_device_profile(device_profile, folder, resume=resume), cells)
+        _check_profile(_device_profile(device_profile, folder, resume=resume), cells)
     runs = _begin(raw, axes, options, folder, resume=resume)
     if folder is not None and device_profile is not None:
         write_all({folder / DEVICE_FILE: device_profile.read_bytes()})
@@ -254,16 +254,18 @@ def _mean(runs: list[dict[str, Any]], name: str) -> Any:
     return np.round(np.mean([run[name] for run in runs], axis=0).sum(axis=2), 7).tolist()
 
 
-def _device_profile(path: Path | None, folder: Path | None, *, resume: bool) -> DeviceProfile:
+def _device_profile(path: Path | None, folder: Path | None, *, resume: bool) -> Path:
     """Return the profile that real runs will be predicted from; InputError where there is none."""
     if path is None and resume and folder is not None and (folder / DEVICE_FILE).exists():
         path = folder / DEVICE_FILE
     if path is None:
         raise InputError("--device-profile: real runs are predicted from one; write it first with epsim measure device")
-    return read_profile(path)
+    return path
 
 
-def _check_dtype(profile: DeviceProfile, cells: Sequence[Cell]) -> None:
+def _check_profile(path: Path, cells: Sequence[Cell]) -> None:
+    """Raise InputError if a cell cannot be predicted from the profile: better now than after the runs."""
+    profile = read_profile(path)
     for cell in cells:
         wanted = str(dtype_of(cell.spec)).removeprefix("torch.")
         if profile.dtype != wanted:
@@ -271,3 +273,4 @@ def _check_dtype(profile: DeviceProfile, cells: Sequence[Cell]) -> None:
                 f"--device-profile: was measured in {profile.dtype}, and model.compute_dtype "
                 f"{cell.spec.model.compute_dtype} runs in {wanted}; measure that, or write the other dtype"
             )
+        simulate(with_device_profile(cell.spec, path))

@@ -7,6 +7,7 @@ which is the latency of the links. N sizes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,10 @@ def with_overrides(spec: ScenarioSpec, overrides: Mapping[str, Any]) -> Scenario
     for path, value in overrides.items():
         apply_override(raw, path, value, origin="network profile")
     return check_scenario(raw)
+
+
+def with_device_profile(spec: ScenarioSpec, path: Path) -> ScenarioSpec:
+    """Return the scenario with a measured profile for each type of device."""
+    return with_overrides(
+        spec, {f"cluster.device_types.{name}.profile": str(path) for name in spec.cluster.device_types}
+    )

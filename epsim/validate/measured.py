@@ -19,7 +19,7 @@ from epsim.batch import step_inputs
 from epsim.cluster import build_cluster
 from epsim.measured.folder import DEVICE_FILE, CellRuns, MeasuredRuns
 from epsim.measured.grid import Cell
-from epsim.measured.network_profile import with_overrides
+from epsim.measured.network_profile import with_device_profile, with_overrides
 from epsim.metrics import RequestRecord
 from epsim.run import assemble, simulate
 from epsim.scenario import ScenarioSpec
@@ -64,11 +64,8 @@ def predicted_spec(runs: MeasuredRuns, cell: Cell, device_profile: Path, *, dry_
         overrides = profile.overrides(cell.spec, cluster)
     else:
         overrides = profile.terms(cell.spec, cluster, profile.post_receive_s)
-    if not runs.options["emulated"]:
-        overrides |= {
-            f"cluster.device_types.{name}.profile": str(device_profile) for name in cell.spec.cluster.device_types
-        }
-    return with_overrides(cell.spec, overrides)
+    spec = with_overrides(cell.spec, overrides)
+    return spec if runs.options["emulated"] else with_device_profile(spec, device_profile)
 
 
 def _requests(cell: Cell) -> list[npt.NDArray[np.int64]]:

@@ -3,7 +3,7 @@
 from importlib.resources import as_file, files
 from pathlib import Path
 
-_NAMES = ("two-ranks-dilated", "two-ranks-emulated", "two-ranks-real", "two-nodes-dilated")
+_NAMES = ("two-ranks-dilated", "two-ranks-emulated", "two-ranks-real", "two-ranks-in-step", "two-nodes-dilated")
 
 
 def shipped_folders() -> list[Path]:
