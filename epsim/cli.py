@@ -4,6 +4,7 @@ Only typer and the exceptions are imported at start; each command imports what i
 """
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from epsim.cli_train import train
 from epsim.cli_validate import validate_app
 from epsim.console import print_in_full, progress
 from epsim.errors import EpsimError, InputError
+from epsim.process_end import leave, was_rank
 
 app = typer.Typer(
     name="epsim",
@@ -149,6 +151,25 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # "µs" on an ASCII terminal
+    try:
+        _run()
+    except BaseException as ended:
+        if was_rank():
+            leave(_code_of(ended))
+        raise
+    if was_rank():
+        leave(0)
+
+
+def _code_of(ended: BaseException) -> int:
+    """Return the exit code that Python would have ended with, and print what it would have printed."""
+    if isinstance(ended, SystemExit):
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    traceback.print_exception(ended)
+    return 1
+
+
+def _run() -> None:
     try:
         app(standalone_mode=True)
         sys.stdout.flush()

@@ -1,10 +1,9 @@
 """The commands `epsim measure network` and `epsim measure run`: parse, call, print."""
 
-import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -12,7 +11,7 @@ import typer
 
 from epsim.cli_trace import Overrides, ScenarioPath
 from epsim.console import print_in_full
-from epsim.interrupt import exit_early, leave, stop_at_hangup
+from epsim.interrupt import exit_early, stop_at_hangup
 
 if TYPE_CHECKING:
     from epsim.measure.driver import RunJob, RunOptions
@@ -55,19 +54,19 @@ def network(
     from epsim.scenario import load_scenario
 
     check_outputs({"-o": output}, (scenario,))
+    _let_epsim_speak(rank)
     spec = dilated(load_scenario(scenario, overrides or ()), dilation)
     options = _options(emulate, dilation, unshaped, rank, None, 1, 1, threads, on, backend)
     from epsim.measure.driver import measure_network
 
     run_job = _run_job(options, rank, master, interface)
-    with _ended_as_rank(rank):
-        profile, machine = _to_end(lambda: measure_network(spec, options, run_job), "no file was written")
-        if rank:
-            return
-        content = network_file(profile, spec, machine, emulated=emulate)
-        content.write(output)
-        print_in_full(network_tables(content.summary()))
-        typer.echo(f"wrote {output}; in a scenario: --set @{output}", err=True)
+    profile, machine = _to_end(lambda: measure_network(spec, options, run_job), "no file was written")
+    if rank:
+        return
+    content = network_file(profile, spec, machine, emulated=emulate)
+    content.write(output)
+    print_in_full(network_tables(content.summary()))
+    typer.echo(f"wrote {output}; in a scenario: --set @{output}", err=True)
 
 
 def run(
@@ -103,6 +102,7 @@ def run(
 
     if rank is not None and resume:
         raise InputError("--resume: with --rank, a folder is one launch; name another folder")
+    _let_epsim_speak(rank)
     axes = parse_axes(axis or ())
     raw = load_raw(scenario, overrides or ())
     options = _options(emulate, dilation, unshaped, rank, way, launches, runs, threads, on, backend)
@@ -110,16 +110,21 @@ def run(
 
     folder = None if rank else output
     run_job = _run_job(options, rank, master, interface)
-    with _ended_as_rank(rank):
-        _to_end(
-            lambda: measure_runs(
-                raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True),
-                device_profile=device_profile, run_job=run_job,
-            ),
-            f"complete launches are in {output}; go on with --resume",
-        )  # fmt: skip
-        if folder is not None:
-            typer.echo(f"wrote {folder}; next: epsim validate measured {folder}", err=True)
+    _to_end(
+        lambda: measure_runs(
+            raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True),
+            device_profile=device_profile, run_job=run_job,
+        ),
+        f"complete launches are in {output}; go on with --resume",
+    )  # fmt: skip
+    if folder is not None:
+        typer.echo(f"wrote {folder}; next: epsim validate measured {folder}", err=True)
+
+
+def _let_epsim_speak(rank: int | None) -> None:
+    """Silence torch, before it is imported: epsim says itself which rank is gone."""
+    if rank is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def _options(
@@ -130,8 +135,6 @@ def _options(
     from epsim.capture.extra import require_trace_extra
     from epsim.errors import InputError
 
-    if rank is not None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # epsim says itself who is gone
     require_trace_extra()
     for option, value, known in (("--device", on, ("cpu", "cuda")), ("--backend", backend, ("gloo", "nccl"))):
         if value not in known:
@@ -167,8 +170,8 @@ def _run_job(options: "RunOptions", rank: int | None, master: str | None, interf
         raise InputError(f"--master: {master} is not where rank 0 listens; write e.g. 192.168.1.10:29500")
     host = master.rpartition(":")[0]
     try:
-        socket.getaddrinfo(host, None)
-    except OSError as error:
+        socket.getaddrinfo(host, None, family=socket.AF_INET)
+    except (OSError, UnicodeError) as error:
         raise InputError(
             f"--master: {host} is not known here ({error}); write a name or address of rank 0's host"
         ) from error
@@ -185,23 +188,3 @@ def _to_end(measure: Callable[[], Outcome], rest: str) -> Outcome:
         return measure()
     except KeyboardInterrupt as stopped_by:
         exit_early(stopped_by, rest)
-
-
-@contextlib.contextmanager
-def _ended_as_rank(rank: int | None) -> Iterator[None]:
-    """A process that was a rank ends with the block, however that ends (`leave` says why); None: it was none."""
-    from epsim.errors import EpsimError, InputError
-
-    if rank is None:
-        yield
-        return
-    try:
-        yield
-    except InputError:
-        raise
-    except EpsimError as error:
-        typer.echo(f"epsim: {error}", err=True)
-        leave(1)
-    except typer.Exit as stopped:
-        leave(stopped.exit_code)
-    leave(0)

@@ -1,10 +1,6 @@
-"""Ctrl-C, SIGTERM and lost terminals during commands that take hours: `run_to_end`, `exit_early`, `stop_at_hangup`;
-and `leave` for processes that were ranks.
-"""
+"""Ctrl-C, SIGTERM and lost terminals during commands that take hours: `run_to_end`, `exit_early`, `stop_at_hangup`."""
 
-import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -46,17 +42,6 @@ def exit_early(stopped_by: BaseException, rest: str) -> NoReturn:
     what = "interrupted" if interrupted else " ".join(str(stopped_by).splitlines())
     typer.echo(f"epsim: {what}; {rest}", err=True)
     raise typer.Exit(INTERRUPTED if interrupted else 2)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process now, with what it wrote written.
-
-    For one that used torch.distributed: its threads, which may want the interpreter or wait for ranks that are gone,
-    now and then abort a process that ends as Python does ("terminate called without an active exception").
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
 
 
 def _ignore_signals() -> None:

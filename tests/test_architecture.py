@@ -62,10 +62,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "batch",
         "cluster",
         "cost",
-        "interrupt",
         "measured",
         "model",
         "placement",
+        "process_end",
         "run",
         "scenario",
         "sim",
@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "console": set(),
     "interrupt": set(),
+    "process_end": set(),
     "cli_calibrate": {"atomic", "calibrate", "console", "report"},
     "cli_capture": {"capture", "console", "interrupt"},
     "cli_measure": {
@@ -107,6 +108,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_train": {"atomic", "capture", "console", "interrupt", "scenario", "specialize"},
     "cli": {
         "atomic",
+        "process_end",
         "run",
         "compare",
         "scenario",

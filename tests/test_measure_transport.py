@@ -1,5 +1,6 @@
 """Ranks that lose another say which: real processes over loopback, one of which goes away."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,11 +10,12 @@ import time
 import pytest
 
 pytest.importorskip("torch")
-from epsim.interrupt import leave
 from epsim.measure.transport import Kind, PeerLost, Transport
+from epsim.process_end import leave
 
 NUM_RANKS, DEAD = 3, 1
 WAITS = ("barrier", "gather", "receive")
+pytestmark = pytest.mark.alone
 
 
 def wait_for_the_dead(transport: Transport, how: str) -> None:
@@ -52,13 +54,14 @@ def test_who_is_lost_is_named(how: str) -> None:
         "TORCH_CPP_LOG_LEVEL": "FATAL",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(port), how], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for rank in range(NUM_RANKS)
-    ]
-    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for number in range(NUM_RANKS):
+            command = [sys.executable, __file__, str(number), str(port), how]
+            rank = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+            ranks.append(stack.enter_context(rank))
+            stack.callback(rank.kill)
+        said = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 7, 0], said
     survivors = [words for rank, words in enumerate(said) if rank != DEAD]
     assert any(words.startswith(f"rank {DEAD} is gone: ") for words in survivors), said

@@ -17,11 +17,12 @@ from epsim.errors import InputError
 from epsim.measure.home_step import dtype_of
 from epsim.measure.launch import launch
 from epsim.measure.topology import shape_of, topology_of
+from epsim.measured.device_profile import with_device_profile
 from epsim.measured.dilation import without_messages
 from epsim.measured.dry_run import MODES, dry_spec
 from epsim.measured.folder import DEVICE_FILE, FILE, MeasuredRuns
 from epsim.measured.grid import Cell, cells_of, network_key
-from epsim.measured.network_profile import SIZES, with_device_profile
+from epsim.measured.network_profile import SIZES
 from epsim.run import check, simulate
 from epsim.scenario import ScenarioSpec
 
@@ -124,7 +125,8 @@ def measure_runs(
             "--axis: links differ between cells, but this network is not shaped; leave cluster.links alone"
         )
     if not options.emulated:
-        _check_profile(_device_profile(device_profile, folder, resume=resume), cells)
+        say("predicting every cell from the device profile, as a check that it reaches that far")
+        _check_profile(_device_profile_path(device_profile, folder, resume=resume), cells)
     runs = _begin(raw, axes, options, folder, resume=resume)
     if folder is not None and device_profile is not None:
         write_all({folder / DEVICE_FILE: device_profile.read_bytes()})
@@ -254,8 +256,8 @@ def _mean(runs: list[dict[str, Any]], name: str) -> Any:
     return np.round(np.mean([run[name] for run in runs], axis=0).sum(axis=2), 7).tolist()
 
 
-def _device_profile(path: Path | None, folder: Path | None, *, resume: bool) -> Path:
-    """Return the profile that real runs will be predicted from; InputError where there is none."""
+def _device_profile_path(path: Path | None, folder: Path | None, *, resume: bool) -> Path:
+    """Return the file of the profile that real runs will be predicted from; InputError where there is none."""
     if path is None and resume and folder is not None and (folder / DEVICE_FILE).exists():
         path = folder / DEVICE_FILE
     if path is None:

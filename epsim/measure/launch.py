@@ -28,6 +28,7 @@ Start = Callable[[int, list[str], dict[str, Any]], "subprocess.Popen[bytes]"]
 _PORT = 29500
 _POLL_S = 0.2
 PEER_LOST = 3  # exit code of a rank that lost another: it is not the one that died
+_OWN_FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE")  # of which a process's last words may tell
 _LAST_WORDS_S = 2.0  # how long the others may take to end by themselves before it is said who did first
 
 
@@ -172,6 +173,7 @@ def _cause(code: int, words: str) -> str:
     number = -code if code < 0 else code - 128
     if code < 0 or code > 128:
         with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(number).name}" + (f": {words}" if words else "")
+            name = signal.Signals(number).name
+            return f"killed by {name}" + (f": {words}" if words and name in _OWN_FAULTS else "")
     said = words or f"exit code {code}"
     return said.split(": ", 1)[1] if said.startswith("rank ") and ": " in said else said

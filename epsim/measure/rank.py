@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 
 from epsim.errors import EpsimError
-from epsim.interrupt import leave
 from epsim.measure.compute import ModelWork
 from epsim.measure.emulate import Waiter, WaitingWork
 from epsim.measure.engine import Engine, RunRecord
@@ -28,6 +28,7 @@ from epsim.measure.program import PARTS
 from epsim.measure.transport import PeerLost, Transport, now_s
 from epsim.measure.work import Work
 from epsim.measured.folder import DISTURBED_FRAC
+from epsim.process_end import leave
 from epsim.run import assemble
 from epsim.scenario import ScenarioSpec, check_scenario
 
@@ -165,10 +166,14 @@ def main() -> None:
     try:
         transport = Transport(options.rank, job["num_ranks"], options.master, job["backend"], options.interface)
         run_rank(job, transport, emit)
+        code = 0
     except EpsimError as error:
         print(f"rank {options.rank}: {error}", file=sys.stderr)
-        leave(PEER_LOST if isinstance(error, PeerLost) else 1)
-    leave(0)
+        code = PEER_LOST if isinstance(error, PeerLost) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 
 from epsim.errors import EpsimError
+from epsim.process_end import note_rank
 
 Backend = Literal["gloo", "nccl"]
 MOST_CHUNKS = 64  # of a layer's tokens for one destination
 _TIMEOUT = timedelta(minutes=10)
-_SETTLE_S = 0.2
+_SETTLE_S = 2.0
 
 
 class Kind(IntEnum):
@@ -68,12 +69,9 @@ class Transport:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         if backend == "nccl":
             torch.cuda.set_device(rank % torch.cuda.device_count())
+        note_rank()
         try:
-            _interruptibly(
-                lambda: dist.init_process_group(
-                    backend, init_method=f"tcp://{master}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
-                )
-            )
+            _interruptibly(lambda: self._join(master))
         except (RuntimeError, dist.DistError) as error:
             said = str(error).splitlines()[0]
             raise EpsimError(
@@ -81,9 +79,17 @@ class Transport:
             ) from error
         self.address = _own_address(master)
         self.wire = torch.device("cuda" if backend == "nccl" else "cpu")
-        self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
-        self._group_of = self._groups()
         self.sent_bytes_R = np.zeros(num_ranks, dtype=np.int64)
+
+    def _join(self, master: str) -> None:
+        """Make the process groups, for which all ranks have to come; in a thread, whose CUDA device is its own."""
+        if self.backend == "nccl":
+            torch.cuda.set_device(self.rank % torch.cuda.device_count())
+        dist.init_process_group(
+            self.backend, init_method=f"tcp://{master}", rank=self.rank, world_size=self.num_ranks, timeout=_TIMEOUT
+        )
+        self._control = dist.group.WORLD if self.backend == "gloo" else dist.new_group(backend="gloo")
+        self._group_of = self._groups()
 
     def _groups(self) -> dict[tuple[int, int], Any]:
         """Return the process group of each ordered pair (source, destination)."""
@@ -140,14 +146,19 @@ class Transport:
             return others
         if self.backend == "nccl":
             return []
-        time.sleep(_SETTLE_S)  # until all connections of a process that ended are known to be closed
-        lost = []
-        for peer in others:
-            try:
-                self.send(peer, Kind.KV, self.buffer(1))
-            except PeerLost:
-                lost.append(peer)
+        deadline_s = now_s() + _SETTLE_S
+        lost: list[int] = []
+        while not lost and now_s() < deadline_s:
+            time.sleep(_SETTLE_S / 10)  # a busy machine is late to know that connections are closed
+            lost = [peer for peer in others if not self._is_there(peer)]
         return lost
+
+    def _is_there(self, peer: int) -> bool:
+        try:
+            self.send(peer, Kind.KV, self.buffer(1))
+        except PeerLost:
+            return False
+        return True
 
 
 def _interruptibly(call: Callable[[], Any]) -> None:

@@ -7,7 +7,6 @@ which is the latency of the links. N sizes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,16 +192,9 @@ class NetworkProfile:
         return found
 
 
-def with_overrides(spec: ScenarioSpec, overrides: Mapping[str, Any]) -> ScenarioSpec:
-    """Return the scenario with fields changed."""
+def with_overrides(spec: ScenarioSpec, overrides: Mapping[str, Any], origin: str = "network profile") -> ScenarioSpec:
+    """Return the scenario with fields changed; origin: who does it, for errors."""
     raw = spec.model_dump(mode="json", by_alias=True)
     for path, value in overrides.items():
-        apply_override(raw, path, value, origin="network profile")
+        apply_override(raw, path, value, origin=origin)
     return check_scenario(raw)
-
-
-def with_device_profile(spec: ScenarioSpec, path: Path) -> ScenarioSpec:
-    """Return the scenario with a measured profile for each type of device."""
-    return with_overrides(
-        spec, {f"cluster.device_types.{name}.profile": str(path) for name in spec.cluster.device_types}
-    )

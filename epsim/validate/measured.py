@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from epsim.batch import step_inputs
 from epsim.cluster import build_cluster
+from epsim.measured.device_profile import with_device_profile
 from epsim.measured.folder import DEVICE_FILE, CellRuns, MeasuredRuns
 from epsim.measured.grid import Cell
-from epsim.measured.network_profile import with_device_profile, with_overrides
+from epsim.measured.network_profile import with_overrides
 from epsim.metrics import RequestRecord
 from epsim.run import assemble, simulate
 from epsim.scenario import ScenarioSpec
