@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from epsim.cli_measure_run import network, run
+from epsim.cli_measure_run import network, run, to_end
 from epsim.cli_trace import Overrides, ScenarioPath
 from epsim.console import count_steps, print_in_full
 
@@ -82,7 +82,9 @@ def device(
     )
     with count_steps("measuring", job.num_advances) as show:
         done = itertools.count(1)
-        profile = measure_device(job, lambda: show(next(done), "of a kind"))
+        profile = to_end(
+            lambda: measure_device(job, lambda: show(next(done), "of a kind")), lambda: "no file was written"
+        )
     write_profile(output, profile)
     print_in_full(profile_tables(summary(profile)))
     typer.echo(f"wrote {output}", err=True)

@@ -1,5 +1,6 @@
 """The commands `epsim measure network` and `epsim measure run`: parse, call, print."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -60,7 +61,7 @@ def network(
     from epsim.measure.driver import measure_network
 
     run_job = _run_job(options, rank, master, interface)
-    profile, machine = _to_end(lambda: measure_network(spec, options, run_job), "no file was written")
+    profile, machine = to_end(lambda: measure_network(spec, options, run_job), lambda: "no file was written")
     if rank:
         return
     content = network_file(profile, spec, machine, emulated=emulate)
@@ -108,17 +109,32 @@ def run(
     options = _options(emulate, dilation, unshaped, rank, way, launches, runs, threads, on, backend)
     from epsim.measure.driver import measure_runs
 
+    if emulate and device_profile is not None:
+        raise InputError("--device-profile: is for real runs, and --emulate has none; leave one of them out")
     folder = None if rank else output
     run_job = _run_job(options, rank, master, interface)
-    _to_end(
+    to_end(
         lambda: measure_runs(
             raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True),
             device_profile=device_profile, run_job=run_job,
         ),
-        f"complete launches are in {output}; go on with --resume",
+        lambda: _left(folder, rank),
     )  # fmt: skip
     if folder is not None:
         typer.echo(f"wrote {folder}; next: epsim validate measured {folder}", err=True)
+
+
+def _left(folder: Path | None, rank: int | None) -> str:
+    """Say what a grid that is interrupted leaves; not an empty folder."""
+    from epsim.measured.folder import FILE
+
+    if folder is None or not folder.exists():
+        return "no file was written"
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    if rank is None and (folder / FILE).exists():
+        return f"complete launches are in {folder}; go on with --resume"
+    return "no launch was complete"
 
 
 def _let_epsim_speak(rank: int | None) -> None:
@@ -136,9 +152,13 @@ def _options(
     from epsim.errors import InputError
 
     require_trace_extra()
-    for option, value, known in (("--device", on, ("cpu", "cuda")), ("--backend", backend, ("gloo", "nccl"))):
-        if value not in known:
-            raise InputError(f'{option}: "{value}" is not known; write {" or ".join(known)}')
+    from epsim.measure.device import device_named
+
+    device_named(on)
+    if backend not in ("gloo", "nccl"):
+        raise InputError(f'--backend: "{backend}" is not known; write gloo or nccl')
+    if backend == "nccl" and on != "cuda":
+        raise InputError("--backend: nccl is between GPUs; write --device cuda with it, or gloo")
     if way not in (None, "sleep", "spin"):
         raise InputError(f'--way: "{way}" is not known; write sleep or spin')
     if dilation != 1 and not emulate:
@@ -166,9 +186,12 @@ def _run_job(options: "RunOptions", rank: int | None, master: str | None, interf
         if master or interface:
             raise InputError("--master, --interface: are for --rank, with which this process is one rank of a cluster")
         return options.run_job
-    if master is None or not master.rpartition(":")[2].isdecimal() or not master.rpartition(":")[0]:
+    host, _, port = (master or "").rpartition(":")
+    if master is None or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise InputError(f"--master: {master} is not where rank 0 listens; write e.g. 192.168.1.10:29500")
-    host = master.rpartition(":")[0]
+    known = [name for _, name in socket.if_nameindex()]
+    if interface is not None and interface not in known:
+        raise InputError(f"--interface: {interface} is not one of this machine's; write one of {', '.join(known)}")
     try:
         socket.getaddrinfo(host, None, family=socket.AF_INET)
     except (OSError, UnicodeError) as error:
@@ -180,11 +203,11 @@ def _run_job(options: "RunOptions", rank: int | None, master: str | None, interf
     return JobsHere(rank, master, interface)
 
 
-def _to_end(measure: Callable[[], Outcome], rest: str) -> Outcome:
+def to_end(measure: Callable[[], Outcome], rest: Callable[[], str]) -> Outcome:
     """Run to the end; Ctrl-C, SIGTERM and a lost terminal end all ranks, leave nothing behind, and say `rest`."""
     stop_at_hangup()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return measure()
     except KeyboardInterrupt as stopped_by:
-        exit_early(stopped_by, rest)
+        exit_early(stopped_by, rest())

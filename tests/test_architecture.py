@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "batch",
         "calibrate",
         "cluster",
+        "cost",
         "measured",
         "metrics",
         "placement",
@@ -135,7 +136,7 @@ HEAVY_AT_HOME = {
     "networkx": {"cluster", "measure"},
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},
-    "pydantic": {"scenario", "calibrate"},
+    "pydantic": {"scenario", "calibrate", "measured"},
     "typer": {
         "cli",
         "cli_calibrate",

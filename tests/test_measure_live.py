@@ -75,6 +75,14 @@ def test_a_network_file_goes_into_a_scenario(tmp_path: Path) -> None:
         (["--emulate", "--device", "tpu"], '--device: "tpu" is not known; write cpu or cuda'),
         (["--emulate", "--backend", "mpi"], '--backend: "mpi" is not known; write gloo or nccl'),
         (["--emulate", "--rank", "0"], "--master: None is not where rank 0 listens; write e.g. 192.168.1.10:29500"),
+        (["--emulate", "--rank", "0", "--master", "127.0.0.1:99999"], "--master: 127.0.0.1:99999 is not where"),
+        (
+            ["--emulate", "--rank", "0", "--master", "127.0.0.1:29500", "--interface", "none0"],
+            "--interface: none0 is not one of this machine's; write one of ",
+        ),
+        (["--emulate", "--backend", "nccl"], "--backend: nccl is between GPUs; write --device cuda with it, or gloo"),
+        (["--emulate", "--device-profile", "any.json"], "--device-profile: is for real runs, and --emulate has none"),
+        (["--emulate", "--resume"], "holds no measured runs; leave --resume out to begin"),
         (["--emulate", "--master", "a:1"], "--master, --interface: are for --rank"),
         (
             ["--unshaped"],

@@ -1,6 +1,7 @@
 """Network profiles, dilation, grids and folders of measured runs, and predictions held to runs, without torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def raw_profile(pairs: dict[tuple[int, int], tuple[float, float, float]]) -> dic
 
     return {
         "pause": "wait",
+        "way": "sleep",
         "pairs": [
             {"pair": list(pair), "goodput_bytes_per_s": link[0] / 1.045, "cells": [cell(size, link) for size in SIZES]}
             for pair, link in pairs.items()
@@ -179,7 +181,7 @@ def folder_of_runs(folder: Path, factor: float) -> Path:
     """Write runs whose every step takes `factor` times what is predicted."""
     raw = load_raw(TWO_RANKS, [TRACE, "workload.batch_sizes=[1,2]"])
     axes = parse_axes(["transmission.mode=sync,async"])
-    options = {"emulated": True, "dilation": 1, "shaped": True, "num_runs": 2}
+    options = {"emulated": True, "dilation": 1, "shaped": True, "num_launches": 2, "num_runs": 2}
     runs = MeasuredRuns(scenario=raw, axes=axes, options=options, machine={"date": "2026-11-01"})
     first = runs.cells[0].spec
     profile = profile_of(first, {(0, 1): (125e6, 40960, LATENCY_S)}, [{"bandwidth": 125e6, "burst": 40960}])
@@ -227,6 +229,50 @@ def test_folders_that_hold_something_else(content: str | None, message: str, tmp
         (tmp_path / "measured.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         MeasuredRuns.read(tmp_path)
+
+
+CELL = "launches", 0, "cells", "0"
+RAW = "networks", 0, "raw"
+GONE = object()
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        ((*CELL,), GONE, r"launches\[0\]\.cells: are 1, 2, 3, and the grid's are 0, 1, 2, 3; measure it again"),
+        (("launches", 0, "cells", "9"), {}, r"launches\[0\]\.cells\.9\.step_s: is missing"),
+        (("axes", "transmission.mode"), ["sync"], r"launches\[0\]\.cells: are 0, 1, 2, 3, and the grid's are 0, 1;"),
+        (("axes",), [], r"axes: \[\] is not a mapping"),
+        (("scenario",), None, r"scenario: null is not a mapping"),
+        (("options", "num_runs"), 7, r"cells\.0: has 2 runs in step_s and 2 in kv_s, and options.num_runs is 7"),
+        (("options", "dilation"), 0, r"options\.dilation: 0 is below 1"),
+        ((*CELL, "step_s", 0, 0), -1.0, r"launches\[0\]\.cells\.0\.step_s\[0\]\[0\]: -1\.0 is not above 0"),
+        ((*CELL, "step_s", 0, 0), float("nan"), r"step_s\[0\]\[0\]: NaN is not a finite number"),
+        ((*CELL, "step_s", 0), [0.1], r"launches\[0\]\.cells\.0\.step_s: runs have \[1, 4\] steps"),
+        ((*CELL, "kv_s"), GONE, r"kv_s: is missing"),
+        ((*CELL, "parts"), ["x"], r"prefill_parts_s_RP\[0\]: has \d+ times for 1 parts"),
+        ((*RAW, "pairs", 0, "pair"), [0, 9], r"networks\[0\]\.raw\.pairs: \[0, 9\] is no pair of 2 ranks"),
+        ((*RAW, "pairs", 0, "cells"), [], r"cells: \[\] is empty"),
+        ((*RAW, "dry_step_s", "async"), GONE, r"dry_step_s\.async: is missing"),
+        ((*RAW, "barrier"), None, r"raw\.barrier: null is not a mapping"),
+        (("networks", 0, "shapes"), [], r"networks\[0\]\.shapes: has 0, cluster\.links 1"),
+        (("launches",), [], r"holds no complete launch; go on with epsim measure run \.\.\. --resume"),
+    ],
+)  # fmt: skip
+def test_damaged_folders_are_one_line(keys: tuple[Any, ...], value: Any, message: str, tmp_path: Path) -> None:
+    folder = folder_of_runs(tmp_path / "runs", 1.0)
+    content = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    *way, last = keys
+    place = content
+    for key in way:
+        place = place[key]
+    if value is GONE:
+        del place[last]
+    else:
+        place[last] = value
+    (folder / "measured.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(folder / 'measured.json'))}: .*{message}"):
+        measured_report(folder)
 
 
 def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:

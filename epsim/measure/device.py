@@ -47,7 +47,7 @@ def prepare(
     num_threads: of each process, by default its share of the cores. repeats: samples of a cell and process.
     Raises InputError for a device that is not there.
     """
-    where = _device(device)
+    where = device_named(device)
     on_host = where.type == "cpu"
     dtype = torch.float32 if on_host else torch.bfloat16
     hidden_bytes = card.hidden_size * dtype.itemsize
@@ -128,7 +128,8 @@ def _table(op: str, samples: Samples) -> OpTable:
     )
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Return the device that an option names; InputError if it is not to be had."""
     if name not in ("cpu", "cuda"):
         raise InputError(f'--device: "{name}" is not known; write cpu or cuda')
     if name == "cuda" and not torch.cuda.is_available():

@@ -202,6 +202,10 @@ def _begin(
             raise InputError(f"{folder}: holds runs of another scenario, grid or options; name another folder")
         runs.options = options.as_dict()
         return runs
+    if resume:
+        raise InputError(f"--resume: {folder} holds no measured runs; leave --resume out to begin")
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InputError(f"-o: {folder} is a file; name a folder")
     if folder is not None:
         with write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)

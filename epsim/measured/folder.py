@@ -4,7 +4,7 @@ One file, `measured.json`, rewritten whole after every launch, so that a broken 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,9 +14,11 @@ import numpy.typing as npt
 
 from epsim import __version__
 from epsim.atomic import whole_file
-from epsim.errors import InputError
+from epsim.cluster import build_cluster
+from epsim.errors import EpsimError, InputError
 from epsim.measured.grid import Cell, cells_of, network_key
 from epsim.measured.network_profile import NetworkProfile
+from epsim.measured.schema import check_content
 
 FILE = "measured.json"
 DEVICE_FILE = "device.json"  # beside it, for real runs: what epsim measure device wrote
@@ -40,6 +42,7 @@ class MeasuredRuns:
     machine: dict[str, Any] = field(default_factory=dict)
     networks: list[dict[str, Any]] = field(default_factory=list)
     launches: list[dict[str, Any]] = field(default_factory=list)
+    path: Path = Path(FILE)
     _profiles: dict[str, NetworkProfile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -52,13 +55,43 @@ class MeasuredRuns:
             raise InputError(
                 f"{path}: cannot be read: {error.strerror}; name a folder that epsim measure run wrote"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON; name a folder that epsim measure run wrote") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT or any(k not in content for k in _KEYS):
             raise InputError(
                 f"{path}: not measured runs in format {_FORMAT}; name a folder that epsim measure run wrote"
             )
-        return cls(**{key: content[key] for key in _KEYS})
+        check_content(content, path)
+        runs = cls(**{key: content[key] for key in _KEYS}, path=path)
+        runs._check_grid()
+        return runs
+
+    def _check_grid(self) -> None:
+        """Raise InputError unless launches have the cells of the grid, and networks its links and ranks."""
+        try:
+            cells = self.cells
+        except EpsimError as error:
+            raise InputError(f"{self.path}: {error}") from error
+        numbers = {str(number) for number in range(len(cells))}
+        for i, launch in enumerate(self.launches):
+            if set(launch["cells"]) != numbers:
+                raise InputError(
+                    f"{self.path}: launches[{i}].cells: are {_listed(launch['cells'])}, and the grid's are "
+                    f"{_listed(numbers)}; measure it again into another folder"
+                )
+        for i, network in enumerate(self.networks):
+            where, cluster = f"{self.path}: networks[{i}]", cells[0].spec.cluster
+            shapes = network["shapes"]
+            if shapes is not None and len(shapes) != len(cluster.links):
+                raise InputError(
+                    f"{where}.shapes: has {len(shapes)}, cluster.links {len(cluster.links)}; measure again"
+                )
+            num_ranks = build_cluster(cluster.model_dump()).num_devices
+            for pair in network["raw"]["pairs"]:
+                if max(pair["pair"]) >= num_ranks or len(set(pair["pair"])) < 2:
+                    raise InputError(
+                        f"{where}.raw.pairs: {pair['pair']} is no pair of {num_ranks} ranks; measure again"
+                    )
 
     def write(self, folder: Path) -> None:
         """Write the folder's file, whole."""
@@ -78,7 +111,7 @@ class MeasuredRuns:
             if network["key"] == key:
                 fresh = NetworkProfile(raw=network["raw"], shapes=network["shapes"])
                 return self._profiles.setdefault(key, fresh)
-        raise InputError(f"{FILE}: lacks the micro-benchmarks of a network; measure it with epsim measure run")
+        raise InputError(f"{self.path}: lacks the micro-benchmarks of a network; measure it with epsim measure run")
 
     def runs_of(self, number: int) -> "CellRuns":
         """Return all runs of the cell with this number."""
@@ -104,6 +137,12 @@ class CellRuns:
     kv_s: list[Floats]
     num_repeated: int
     num_disturbed: int = 0
+
+
+def _listed(numbers: Iterable[str]) -> str:
+    """Return the numbers of cells as text, the middle of many left out."""
+    ordered = sorted(numbers, key=lambda number: (len(number), number))
+    return ", ".join(ordered) if len(ordered) <= 8 else f"{', '.join(ordered[:3])}, ..., {ordered[-1]} ({len(ordered)})"
 
 
 def _one_line_each(content: Mapping[str, Any]) -> str:

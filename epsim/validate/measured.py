@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from epsim.batch import step_inputs
 from epsim.cluster import build_cluster
+from epsim.cost.profile import read_profile
+from epsim.errors import InputError
 from epsim.measured.device_profile import with_device_profile
 from epsim.measured.folder import DEVICE_FILE, CellRuns, MeasuredRuns
 from epsim.measured.grid import Cell
@@ -112,13 +114,17 @@ def measured_report(folder: Path, device_profile: Path | None = None) -> dict[st
     device_profile: to predict real runs from, in place of the one that was kept with them.
     """
     runs, device = MeasuredRuns.read(folder), device_profile or folder / DEVICE_FILE
+    if not runs.launches:
+        raise InputError(f"{runs.path}: holds no complete launch; go on with epsim measure run ... --resume")
+    if device_profile is not None:
+        if runs.options["emulated"]:
+            raise InputError(f"--device-profile: is for real runs, and those of {folder} are emulated; leave it out")
+        read_profile(device_profile)
     cells = []
     for number, cell in enumerate(runs.cells):
-        own = runs.runs_of(number)
-        if own.step_s:
-            row = _cell(runs, cell, own, device)
-            row["experts_ratio"] = experts_ratio(runs, number, predicted_spec(runs, cell, device))
-            cells.append(row)
+        row = _cell(runs, cell, runs.runs_of(number), device)
+        row["experts_ratio"] = experts_ratio(runs, number, predicted_spec(runs, cell, device))
+        cells.append(row)
     return {
         "scenario": runs.scenario["name"],
         "machine": runs.machine,
@@ -161,7 +167,13 @@ def _network(runs: MeasuredRuns, cell: Cell) -> dict[str, Any]:
 
 
 def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, device: Path) -> dict[str, Any]:
-    measured = measured_figures(_requests(cell), own)
+    requests = _requests(cell)
+    if own.step_s[0].shape[1] != len(requests):
+        raise InputError(
+            f"{runs.path}: cell {cell.label} has runs of {own.step_s[0].shape[1]} steps, and its scenario takes "
+            f"{len(requests)}; measure it again"
+        )
+    measured = measured_figures(requests, own)
     summary, posted = (
         simulate(predicted_spec(runs, cell, device, dry_run=dry_run)).results["batch_sizes"][0]
         for dry_run in (True, False)
