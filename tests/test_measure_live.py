@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 pytest.importorskip("torch")
 from epsim.cli import app
 from epsim.measure.launch import namespaces_reason
+from epsim.measured.folder import MeasuredRuns
 from epsim.scenario import load_scenario
 
 ROOT = Path(__file__).parent.parent
@@ -49,22 +50,6 @@ def test_a_grid_that_is_measured_here_is_predicted(tmp_path: Path) -> None:
     assert report["errors"]["tpot_s"]["mean_percent"] < 15
     clear = report["gain_errors"]["ttft_s"][-1]
     assert clear["num_right_sign"] == clear["num_clear"] > 0
-
-
-def test_a_network_file_goes_into_a_scenario(tmp_path: Path) -> None:
-    """On plain loopback, which is everywhere; it says that nothing is shaped."""
-    path = tmp_path / "network.yaml"
-    command = ["measure", "network", TWO_RANKS, "--unshaped", "--emulate", *SMALL, "-o", str(path)]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert "UNSHAPED" in done.stdout
-    usual, measured = (load_scenario(Path(TWO_RANKS), changes) for changes in ([], [f"@{path}"]))
-    assert measured.cluster.links[0].bandwidth != usual.cluster.links[0].bandwidth
-    assert measured.cluster.links[0].latency > 0
-    messaging = measured.cluster.device_types["small"].messaging
-    assert messaging is not None
-    assert 1e-6 < messaging.send_overhead < 0.1
-    assert measured.transmission.connections == "pair"
 
 
 @pytest.mark.parametrize(
@@ -162,13 +147,32 @@ def one_command_per_rank(out: Path, *more: str, num_ranks: int = 2) -> Iterator[
         yield ranks
 
 
-def test_a_command_for_each_rank_measures_together(tmp_path: Path) -> None:
+def test_a_command_for_each_rank_measures_together_and_what_it_finds_goes_into_a_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On plain loopback, which is everywhere; it says that nothing is shaped."""
     with one_command_per_rank(tmp_path / "runs", "--runs", "1") as ranks:
         said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     done = CliRunner().invoke(app, ["validate", "measured", str(tmp_path / "runs"), "--cells"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "UNSHAPED network" in done.stdout
+
+    runs = MeasuredRuns.read(tmp_path / "runs")  # as `measure network` would find it: half a minute less
+    found = {key: runs.networks[0][key] for key in ("raw", "shapes")}
+    monkeypatch.setattr("epsim.measure.driver.measure_network", lambda *given: (found, runs.machine))
+    path = tmp_path / "network.yaml"
+    command = ["measure", "network", TWO_RANKS, "--unshaped", "--emulate", *SMALL, "-o", str(path)]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "UNSHAPED" in done.stdout
+    usual, measured = (load_scenario(Path(TWO_RANKS), changes) for changes in ([], [f"@{path}"]))
+    assert measured.cluster.links[0].bandwidth != usual.cluster.links[0].bandwidth
+    assert measured.cluster.links[0].latency > 0
+    messaging = measured.cluster.device_types["small"].messaging
+    assert messaging is not None
+    assert 1e-6 < messaging.send_overhead < 0.1
+    assert measured.transmission.connections == "pair"
 
 
 def test_the_rank_that_is_left_ends_soon_and_names_the_other(tmp_path: Path) -> None:
