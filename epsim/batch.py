@@ -17,7 +17,7 @@ from epsim.errors import TraceError
 from epsim.layout import Layout
 from epsim.metrics import Phase, RequestRecord, StepRecord
 from epsim.model import ModelCard
-from epsim.sim import PARTS, Execution, Fidelity, ReplicaPlanner, StepPlanner, StepResult, simulate_step
+from epsim.sim import PARTS, Execution, Fidelity, ReplicaPlanner, StepPlan, StepPlanner, StepResult, simulate_step
 from epsim.trace import Modality, RoutingTrace, TraceSource, check_trace
 from epsim.traffic import StepTraffic, TrafficCounter, count_remote
 
@@ -93,6 +93,14 @@ def step_inputs(
     run = _BatchRun(deployment, request_ids, max_output_tokens)
     for step in range(run.num_steps):
         yield run.input(step)
+
+
+def step_plans(
+    deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
+) -> Iterator[StepPlan]:
+    """Yield the plans of the same steps."""
+    for given in step_inputs(deployment, request_ids, max_output_tokens):
+        yield deployment.planner.plan(given.works, given.traffic, given.kv_tokens_RR)
 
 
 def step_tokens(

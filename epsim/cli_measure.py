@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from epsim.cli_measure_run import network, run, to_end
+from epsim.cli_measure_run import network, run
 from epsim.cli_trace import Overrides, ScenarioPath
 from epsim.console import count_steps, print_in_full
+from epsim.interrupt import run_in_parts
 
 measure_app = typer.Typer(name="measure", help="Measure real machines.", no_args_is_help=True)
 REACH = "How far (default: what the scenario can ask for)"
@@ -82,7 +83,7 @@ def device(
     )
     with count_steps("measuring", job.num_advances) as show:
         done = itertools.count(1)
-        profile = to_end(
+        profile = run_in_parts(
             lambda: measure_device(job, lambda: show(next(done), "of a kind")), lambda: "no file was written"
         )
     write_profile(output, profile)

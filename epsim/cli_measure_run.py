@@ -2,22 +2,19 @@
 
 import contextlib
 import os
-import signal
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from epsim.cli_trace import Overrides, ScenarioPath
 from epsim.console import print_in_full
-from epsim.interrupt import exit_early, stop_at_hangup
+from epsim.interrupt import run_in_parts
 
 if TYPE_CHECKING:
     from epsim.measure.driver import RunJob, RunOptions
 
-Outcome = TypeVar("Outcome")
 Dilation = Annotated[float, typer.Option(metavar="K", help="Devices and links K times slower (needs --emulate).")]
 Emulate = Annotated[bool, typer.Option("--emulate", help="Devices are waits as long as the scenario says.")]
 Unshaped = Annotated[bool, typer.Option("--unshaped", help="Plain loopback instead of network namespaces.")]
@@ -61,7 +58,7 @@ def network(
     from epsim.measure.driver import measure_network
 
     run_job = _run_job(options, rank, master, interface)
-    profile, machine = to_end(lambda: measure_network(spec, options, run_job), lambda: "no file was written")
+    profile, machine = run_in_parts(lambda: measure_network(spec, options, run_job), lambda: "no file was written")
     if rank:
         return
     content = network_file(profile, spec, machine, emulated=emulate)
@@ -113,7 +110,7 @@ def run(
         raise InputError("--device-profile: is for real runs, and --emulate has none; leave one of them out")
     folder = None if rank else output
     run_job = _run_job(options, rank, master, interface)
-    to_end(
+    run_in_parts(
         lambda: measure_runs(
             raw, axes, options, folder, resume=resume, say=lambda text: typer.echo(text, err=True),
             device_profile=device_profile, run_job=run_job,
@@ -201,13 +198,3 @@ def _run_job(options: "RunOptions", rank: int | None, master: str | None, interf
     from epsim.measure.here import JobsHere
 
     return JobsHere(rank, master, interface)
-
-
-def to_end(measure: Callable[[], Outcome], rest: Callable[[], str]) -> Outcome:
-    """Run to the end; Ctrl-C, SIGTERM and a lost terminal end all ranks, leave nothing behind, and say `rest`."""
-    stop_at_hangup()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return measure()
-    except KeyboardInterrupt as stopped_by:
-        exit_early(stopped_by, rest())

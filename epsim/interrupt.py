@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and lost terminals during commands that take hours: `run_to_end`, `exit_early`, `stop_at_hangup`."""
+"""Ctrl-C, SIGTERM and lost terminals during commands that take hours.
+
+`run_to_end`, `run_in_parts`, `exit_early`, `stop_at_hangup`.
+"""
 
 import signal
 from collections.abc import Callable
@@ -15,12 +18,22 @@ def run_to_end(run: Callable[[], Outcome], nothing: str) -> Outcome:
 
     SIGTERM, with which schedulers end a job, ends it as Ctrl-C does.
     """
+    return _run(run, lambda: f"interrupted before anything was done; {nothing}")
+
+
+def run_in_parts(run: Callable[[], Outcome], rest: Callable[[], str]) -> Outcome:
+    """Return what `run` returns; if it is interrupted, or its terminal is lost, say what `rest` finds and exit."""
+    stop_at_hangup()
+    return _run(run, lambda: f"interrupted; {rest()}")
+
+
+def _run(run: Callable[[], Outcome], say: Callable[[], str]) -> Outcome:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run()
     except KeyboardInterrupt:
         _ignore_signals()
-        typer.echo(f"epsim: interrupted before anything was done; {nothing}", err=True)
+        typer.echo(f"epsim: {say()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 

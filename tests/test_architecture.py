@@ -86,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cli_trace",
         "console",
         "cost",
+        "interrupt",
         "measure",
         "model",
         "report",

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from epsim.batch import step_inputs, step_tokens
+from epsim.batch import step_plans, step_tokens
 from epsim.cluster import build_cluster
 from epsim.measure.decoder import AttentionBatch, Decoder, KvCache
 from epsim.measure.home_step import token_ids
@@ -97,8 +97,7 @@ def planned_bytes(spec: ScenarioSpec) -> np.ndarray:  # type: ignore[type-arg]
     """Return what the simulator says is sent from rank to rank in all steps."""
     deployment, size = assemble(spec), spec.workload.batch_sizes[0]
     total_RR = np.zeros((deployment.cluster.num_devices,) * 2)
-    for given in step_inputs(deployment, deployment.trace.requests.request_id_Q[:size], None):
-        plan = deployment.planner.plan(given.works, given.traffic, given.kv_tokens_RR)
+    for plan in step_plans(deployment, deployment.trace.requests.request_id_Q[:size], None):
         total_RR += simulate_step(plan, deployment.cluster, "event")[0].delivered_bytes_RR
     return total_RR
 

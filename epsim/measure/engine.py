@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epsim.batch import Deployment, step_inputs, step_tokens
+from epsim.batch import Deployment, step_plans, step_tokens
 from epsim.measure.exchange import StepExchange
 from epsim.measure.kv import KvTransfer
 from epsim.measure.layout import StepLayout
@@ -51,13 +51,10 @@ class Engine:
         work: Work,
         overlap_kv: bool,
     ) -> None:
-        inputs = list(step_inputs(deployment, request_ids, max_output_tokens))
         tokens = list(step_tokens(deployment, request_ids, max_output_tokens))
         self.tokens, self.mode = tokens, transmission.mode
         self._transport, self.work, self._overlap_shared = transport, work, transmission.overlap_shared
-        self.plans: Sequence[StepPlan] = [
-            deployment.planner.plan(given.works, given.traffic, given.kv_tokens_RR) for given in inputs
-        ]
+        self.plans: Sequence[StepPlan] = list(step_plans(deployment, request_ids, max_output_tokens))
         hidden_size = deployment.model.hidden_size
         self.dispatch_codec = Codec(hidden_size=hidden_size, dtype=transmission.dispatch_dtype)
         self.combine_codec = Codec(hidden_size=hidden_size, dtype=transmission.combine_dtype)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from epsim.batch import step_inputs
+from epsim.batch import step_plans
 from epsim.cluster import Cluster, build_cluster
 from epsim.run import assemble
 from epsim.scenario import ScenarioSpec, apply_override, check_scenario
@@ -49,12 +49,8 @@ def simulated_step_s(spec: ScenarioSpec) -> float:
     """Return the mean of the decode steps of a dry scenario that has the terms of a profile."""
     deployment = assemble(spec)
     ids = deployment.trace.requests.request_id_Q[: spec.workload.batch_sizes[0]]
-    seconds = []
-    for given in step_inputs(deployment, ids, None):
-        if given.step:
-            plan = deployment.planner.plan(given.works, given.traffic, given.kv_tokens_RR)
-            seconds.append(_end_s(paced(plan), deployment.cluster))
-    return float(np.mean(seconds))
+    _, *decode = step_plans(deployment, ids, None)
+    return float(np.mean([_end_s(paced(plan), deployment.cluster) for plan in decode]))
 
 
 def _end_s(plan: StepPlan, cluster: Cluster) -> float:

@@ -115,7 +115,7 @@ class MeasuredRuns:
 
     def runs_of(self, number: int) -> "CellRuns":
         """Return all runs of the cell with this number."""
-        launches = [launch["cells"][str(number)] for launch in self.launches if str(number) in launch["cells"]]
+        launches = [launch["cells"][str(number)] for launch in self.launches]
         return CellRuns(
             step_s=[np.array(launch["step_s"]) for launch in launches],
             kv_s=[np.array(launch["kv_s"]) for launch in launches],

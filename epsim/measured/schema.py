@@ -12,11 +12,11 @@ from epsim.scenario.describe import describe
 _LONGEST_S = 1e6
 _FEWEST_SIZES = 3
 Seconds = Annotated[float, Field(gt=0, le=_LONGEST_S)]
-SecondsOrNone = Annotated[float, Field(ge=0, le=_LONGEST_S)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=_LONGEST_S)]
 Positive = Annotated[float, Field(gt=0, le=1e15)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-Parts = list[list[SecondsOrNone]]
+Parts = list[list[SecondsOrZero]]
 
 
 class _Part(BaseModel):
@@ -54,7 +54,7 @@ class _Raw(_Part):
     pairs: Annotated[list[_Pair], Field(min_length=1)]
     barrier: _Median
     dry_step_s: _DryStep
-    interference_s_per_byte: SecondsOrNone | None
+    interference_s_per_byte: SecondsOrZero | None
 
 
 class _Shape(_Part):
@@ -70,7 +70,7 @@ class _Network(_Part):
 
 class _Cell(_Part):
     step_s: Annotated[list[Annotated[list[Seconds], Field(min_length=1)]], Field(min_length=1)]
-    kv_s: list[SecondsOrNone]
+    kv_s: list[SecondsOrZero]
     num_repeated: Count
     foreign_cpu_frac: list[float] = []
     sent_bytes_RR: list[list[Annotated[float, Field(ge=0)]]] = []

@@ -122,8 +122,10 @@ def measured_report(folder: Path, device_profile: Path | None = None) -> dict[st
         read_profile(device_profile)
     cells = []
     for number, cell in enumerate(runs.cells):
-        row = _cell(runs, cell, runs.runs_of(number), device)
-        row["experts_ratio"] = experts_ratio(runs, number, predicted_spec(runs, cell, device))
+        predicted = predicted_spec(runs, cell, device)
+        posted = predicted_spec(runs, cell, device, dry_run=False)
+        row = _cell(runs, cell, runs.runs_of(number), predicted, posted)
+        row["experts_ratio"] = experts_ratio(runs, number, predicted)
         cells.append(row)
     return {
         "scenario": runs.scenario["name"],
@@ -166,7 +168,10 @@ def _network(runs: MeasuredRuns, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, device: Path) -> dict[str, Any]:
+def _cell(
+    runs: MeasuredRuns, cell: Cell, own: CellRuns, predicted_by: ScenarioSpec, posted_by: ScenarioSpec
+) -> dict[str, Any]:
+    """Return a cell's figures. predicted_by, posted_by: `predicted_spec` with and without the dry run."""
     requests = _requests(cell)
     if own.step_s[0].shape[1] != len(requests):
         raise InputError(
@@ -174,10 +179,7 @@ def _cell(runs: MeasuredRuns, cell: Cell, own: CellRuns, device: Path) -> dict[s
             f"{len(requests)}; measure it again"
         )
     measured = measured_figures(requests, own)
-    summary, posted = (
-        simulate(predicted_spec(runs, cell, device, dry_run=dry_run)).results["batch_sizes"][0]
-        for dry_run in (True, False)
-    )
+    summary, posted = (simulate(spec).results["batch_sizes"][0] for spec in (predicted_by, posted_by))
     row: dict[str, Any] = {
         "label": cell.label,
         "settings": dict(cell.settings),

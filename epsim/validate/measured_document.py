@@ -59,18 +59,24 @@ def targets(reports: Sequence[Mapping[str, Any]]) -> str:
         options = report["options"]
         kind = (options["emulated"], options["dilation"] != 1, len(report["networks"][0]["fits"]) > 1)
         aims = _TARGETS.get(kind, _REAL_TARGETS) if options["emulated"] else _REAL_TARGETS
-        gains = report["gain_errors"]["ttft_s"][-1] if report["gain_errors"]["ttft_s"] else None
+        gains = _all_gains(report, "ttft_s")
         figures = [("mean error of " + _name(m), report["errors"][m]["mean_percent"], "%") for m in METRICS]
         figures.append(("mean error of changes of TTFT", gains["mean_error_points"] if gains else None, "points"))
         rows += [(title(report), *_target(*figure, aim)) for figure, aim in zip(figures, aims, strict=True)]
         for metric in METRICS:
-            found = report["gain_errors"][metric][-1] if report["gain_errors"][metric] else None
+            found = _all_gains(report, metric)
             if found and found["num_clear"]:
                 share = 100 * found["num_right_sign"] / found["num_clear"]
                 met = "met" if share >= _RIGHT_SIGN_PERCENT else f"missed by {_RIGHT_SIGN_PERCENT - share:.1f} %"
                 what = f"right sign of changes of {_name(metric)} beyond 5 %"
                 rows.append((title(report), what, f"at least {_RIGHT_SIGN_PERCENT} %", f"{share:.1f} %", met))
     return "## Targets and what is reached\n\n" + table(("runs", "figure", "target", "reached", ""), rows)
+
+
+def _all_gains(report: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """Return the errors of the changes along all axes together; None if there is none."""
+    rows = report["gain_errors"][metric]
+    return rows[-1] if rows else None
 
 
 def _target(what: str, figure: float | None, unit: str, aim: float | None) -> tuple[str, str, str, str]:
@@ -87,10 +93,9 @@ def summary(reports: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for report in reports:
         for metric in METRICS:
-            errors, gains = report["errors"][metric], report["gain_errors"][metric]
+            errors, all_gains = report["errors"][metric], _all_gains(report, metric)
             if errors is None:
                 continue
-            all_gains = gains[-1] if gains else None
             rows.append(
                 (
                     title(report),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from epsim.batch import step_inputs
+from epsim.batch import step_plans
 from epsim.measured.folder import MeasuredRuns
 from epsim.run import assemble
 from epsim.scenario import ScenarioSpec
@@ -20,7 +20,7 @@ def experts_ratio(runs: MeasuredRuns, number: int, predicted: ScenarioSpec) -> d
     predicted: the cell's scenario with everything that the micro-benchmarks say. None where nothing is decoded.
     """
     plans = _plans(predicted)
-    measured = [launch["cells"][str(number)] for launch in runs.launches if str(number) in launch["cells"]]
+    measured = [launch["cells"][str(number)] for launch in runs.launches]
     found: dict[str, float | None] = {}
     for phase, own in (("prefill", plans[:1]), ("decode", plans[1:])):
         key = f"{phase}_parts_s_RP"
@@ -33,10 +33,7 @@ def experts_ratio(runs: MeasuredRuns, number: int, predicted: ScenarioSpec) -> d
 def _plans(spec: ScenarioSpec) -> list[StepPlan]:
     deployment, workload = assemble(spec), spec.workload
     ids = deployment.trace.requests.request_id_Q[: workload.batch_sizes[0]]
-    return [
-        deployment.planner.plan(given.works, given.traffic, given.kv_tokens_RR)
-        for given in step_inputs(deployment, ids, workload.max_output_tokens)
-    ]
+    return list(step_plans(deployment, ids, workload.max_output_tokens))
 
 
 def _experts_s(cell: dict[str, Any], key: str) -> float:
