@@ -4,6 +4,7 @@
 E experts, R devices, D devices of a pool, X slots of a device.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from epsim.cluster import Cluster
 from epsim.cost import MemoryAccount, account_memory
 from epsim.model import ModelCard
 from epsim.placement import HomePlan, Placement, PlacementPolicy, PlacementProblem, balanced, by_modality
+from epsim.trace import Phase
 
 Devices = npt.NDArray[np.int32]
 
@@ -107,11 +109,11 @@ def attention_apart(
     card: ModelCard, policy: PlacementPolicy, problem: PlacementProblem, *, attention_devices: int | None
 ) -> Layout:
     """Have attention on the first devices (None: half, rounded down) and the experts on the others."""
-    attention, experts = _split(problem.num_devices, attention_devices)
+    attention, experts = split_devices(problem.num_devices, attention_devices)
     return Layout(
         description=f"afd, attention on {len(attention)}, experts on {len(experts)}",
         card=card,
-        placement=_place(policy, problem, (experts,)),
+        placement=_place(policy, problem, {tuple(Phase): experts}),
         homes=HomePlan(prefill_devices=attention, decode_devices=attention),
     )
 
@@ -120,29 +122,32 @@ def prefill_apart(
     card: ModelCard, policy: PlacementPolicy, problem: PlacementProblem, *, prefill_devices: int | None
 ) -> Layout:
     """Prefill on the first devices (None: half, rounded down), decode on the others; each pool has all experts."""
-    prefill, decode = _split(problem.num_devices, prefill_devices)
+    prefill, decode = split_devices(problem.num_devices, prefill_devices)
     return Layout(
         description=f"pd, prefill on {len(prefill)}, decode on {len(decode)}",
         card=card,
-        placement=_place(policy, problem, (prefill, decode)),
+        placement=_place(policy, problem, {(Phase.PREFILL,): prefill, (Phase.DECODE,): decode}),
         homes=HomePlan(prefill_devices=prefill, decode_devices=decode),
     )
 
 
-def _split(num_devices: int, first: int | None) -> tuple[Devices, Devices]:
+def split_devices(num_devices: int, first: int | None) -> tuple[Devices, Devices]:
     """Return the first and the other devices; half of them, rounded down, where it is not said."""
     devices = np.arange(num_devices, dtype=np.int32)
     first = num_devices // 2 if first is None else first
     return devices[:first], devices[first:]
 
 
-def _place(policy: PlacementPolicy, problem: PlacementProblem, pools: tuple[Devices, ...]) -> Placement:
-    """Return the placement in which the policy places all experts on each of the pools, and none elsewhere."""
-    placed = [policy.place(problem.on_devices(pool)) for pool in pools]
+def _place(policy: PlacementPolicy, problem: PlacementProblem, pools: Mapping[tuple[Phase, ...], Devices]) -> Placement:
+    """Return the placement in which the policy places all experts on each of the pools, and none elsewhere.
+
+    pools: the devices that serve the tokens of these phases.
+    """
+    placed = [policy.place(problem.on_devices(pool, phases)) for phases, pool in pools.items()]
     slots_per_device = max(placement.slots_per_device for placement in placed)
     slots_LRX = np.full((problem.num_layers, problem.num_devices, slots_per_device), -1, np.int32)
     group_R = np.zeros(problem.num_devices, dtype=np.int32)
-    for group, (pool, placement) in enumerate(zip(pools, placed, strict=True)):
+    for group, (pool, placement) in enumerate(zip(pools.values(), placed, strict=True)):
         group_R[pool] = group
         slots_LDX = placement.physical_to_logical_LP.reshape(problem.num_layers, len(pool), -1)
         slots_LRX[:, pool, : placement.slots_per_device] = slots_LDX

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,10 @@ from epsim.cost import Cost, MemoryAccount, RooflineCost
 from epsim.cost.measured import measured_cost
 from epsim.cost.profile import wire_name
 from epsim.errors import TraceError
-from epsim.layout import Layout
+from epsim.fitting import make_policy, placement_problem
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
 from epsim.parallelism import check_parallelism, group_size, lay_out
-from epsim.placement import POLICIES, PlacementProblem
 from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TransmissionSpec, WorkloadSpec
 from epsim.sim import ReplicaPlanner, StepPlanner, Transmission, check_closed_form
 from epsim.sim.slices import Slice, slices_of
@@ -70,7 +68,8 @@ def assemble(spec: ScenarioSpec) -> Deployment:
     model, cluster = model_and_cluster(spec)
     trace, load_MLE = trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     _check_trace(trace, model, spec.workload)
-    layout = _lay_out(spec, cluster, model, load_MLE)
+    problem = placement_problem(spec, cluster, trace, load_MLE)
+    layout = lay_out(spec, model, make_policy(spec.placement), problem)
     transmission = build_transmission(spec, model)
     return Deployment(
         model=model,
@@ -159,20 +158,6 @@ def _check_trace(trace: TraceSource, model: ModelCard, workload: WorkloadSpec) -
 
 def _brief(value: object) -> str:
     return f"{value[0]}..{value[-1]} ({len(value)})" if isinstance(value, tuple) and value else str(value)
-
-
-def _lay_out(spec: ScenarioSpec, cluster: Cluster, model: ModelCard, load_MLE: npt.NDArray[np.int64]) -> Layout:
-    fields = spec.placement.model_dump()
-    policy_class = POLICIES[fields.pop("policy")]
-    if "path" in fields:
-        fields["path"] = Path(fields["path"])
-    problem = PlacementProblem(
-        num_layers=load_MLE.shape[1],
-        num_experts=load_MLE.shape[2],
-        node_of_device_R=cluster.node_of_device_R.astype(np.int32),
-        expert_load_MLE=load_MLE,
-    )
-    return lay_out(spec, model, policy_class(**fields), problem)
 
 
 def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) -> MemoryAccount:

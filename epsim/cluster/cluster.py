@@ -250,6 +250,14 @@ class Cluster:
         return self._per_link([link.bytes_per_s / (1.0 + link.frame_overhead_frac) for link in self.links])
 
     @cached_property
+    def route_s_per_byte_RR(self) -> NDArray[np.float64]:
+        """Return the seconds per payload byte of the narrowest link from device to device, read-only; diagonal 0."""
+        s_per_byte_X = np.append(1.0 / self.link_payload_bytes_per_s_X, 0.0)  # the last for the -1 that pads a route
+        s_per_byte_RR: NDArray[np.float64] = s_per_byte_X[self.routes_RRH].max(axis=2)
+        _frozen(s_per_byte_RR)
+        return s_per_byte_RR
+
+    @cached_property
     def link_message_s_X(self) -> NDArray[np.float64]:
         """Return the time that a message takes on each link beside its own bytes, float64 (X,), read-only."""
         seconds = [link.message_overhead_s + link.message_header_bytes / link.bytes_per_s for link in self.links]

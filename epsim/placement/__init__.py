@@ -1,16 +1,11 @@
 """Expert placements: `Placement`, the policies in `POLICIES` that make one, and the homes of tokens."""
 
 from epsim.placement.from_file import FromFile
-from epsim.placement.homes import HomePlan, Homes, balanced, by_modality
+from epsim.placement.homes import HomePlan, Homes, balanced, by_modality, expected_by_modality
+from epsim.placement.objective import FitTokens, TransferObjective
 from epsim.placement.placement import Placement
-from epsim.placement.policies import (
-    Contiguous,
-    ModalityBins,
-    PlacementPolicy,
-    PlacementProblem,
-    Random,
-    RoundRobin,
-)
+from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin
+from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
     policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile)
@@ -18,11 +13,15 @@ POLICIES: dict[str, type[PlacementPolicy]] = {
 
 __all__ = [
     "POLICIES",
+    "FitTokens",
     "HomePlan",
     "Homes",
+    "LayerClock",
     "Placement",
     "PlacementPolicy",
     "PlacementProblem",
+    "TransferObjective",
     "balanced",
     "by_modality",
+    "expected_by_modality",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from epsim.errors import PlacementError
 from epsim.placement.placement import Placement
-from epsim.placement.policies import PlacementProblem
+from epsim.placement.problem import PlacementProblem
 
 _FORM = 'a JSON object {"physical_to_logical_map": [layers][slots]} of expert ids'
 

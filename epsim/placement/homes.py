@@ -42,6 +42,11 @@ class HomePlan:
             decode_Q=self.decode_devices[q % len(self.decode_devices)],
         )
 
+    def share_FR(self, num_devices: int) -> npt.NDArray[np.float64]:
+        """Return the share of each phase's requests that live on each device, float64 [phase (prefill, decode), R]."""
+        plans = self.prefill_devices, self.decode_devices
+        return np.stack([np.bincount(plan, minlength=num_devices) / len(plan) for plan in plans])
+
     @property
     def home_devices(self) -> IntArray:
         """All devices that are a home in some phase, ascending."""
@@ -63,10 +68,22 @@ def by_modality(placement: Placement, expert_load_MLE: npt.NDArray[np.int64]) ->
     """
     share_MR = _device_share(placement, expert_load_MLE)
     vision_share_R = share_MR[1] / np.maximum(share_MR.sum(axis=0), np.finfo(float).tiny)
-    order = np.argsort(-vision_share_R, kind="stable").astype(np.int32)
-    half = max(1, placement.num_devices // 2)
-    rest = max(1, placement.num_devices - half)
-    return HomePlan(prefill_devices=np.sort(order[:half]), decode_devices=np.sort(order[-rest:]))
+    order_R = np.argsort(-vision_share_R, kind="stable").astype(np.int32)
+    return _in_halves(order_R)
+
+
+def expected_by_modality(num_devices: int) -> HomePlan:
+    """Return the plan of `by_modality` for placements whose vision experts are on the first devices.
+
+    Policies that weigh homes need them before there is a placement; this is what they place for.
+    """
+    return _in_halves(np.arange(num_devices, dtype=np.int32))
+
+
+def _in_halves(order_R: IntArray) -> HomePlan:
+    half = max(1, len(order_R) // 2)
+    rest = max(1, len(order_R) - half)
+    return HomePlan(prefill_devices=np.sort(order_R[:half]), decode_devices=np.sort(order_R[-rest:]))
 
 
 def _device_share(placement: Placement, expert_load_MLE: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -4,65 +4,14 @@ A policy is a plain class with a `kind` and one method, `place(PlacementProblem)
 file of its own; `POLICIES` in the package lists them all.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from epsim.errors import PlacementError
-from epsim.placement.placement import IntArray, Placement
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacementProblem:
-    """What a policy may know: the shape, the devices, and how often each modality chose each expert.
-
-    expert_load_MLE: int64 [modality (text, vision), L, E], counts of routed tokens over the whole trace.
-    node_of_device_R: int32 [R].
-    """
-
-    num_layers: int
-    num_experts: int
-    node_of_device_R: IntArray
-    expert_load_MLE: npt.NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        if self.expert_load_MLE.shape != (2, self.num_layers, self.num_experts):
-            raise ValueError("expert_load_MLE must have the shape (2, num_layers, num_experts)")
-
-    @property
-    def num_devices(self) -> int:
-        return len(self.node_of_device_R)
-
-    def on_devices(self, devices: npt.NDArray[np.integer]) -> Self:
-        """Return the problem of placing all experts on some of the devices."""
-        return replace(self, node_of_device_R=self.node_of_device_R[devices])
-
-    def require_even_split(self) -> None:
-        """Raise PlacementError unless the same number of experts fits on every device without redundant ones."""
-        if self.num_experts % self.num_devices:
-            raise PlacementError(
-                f"placement: {self.num_experts} experts do not divide over {self.num_devices} devices; "
-                "use a number of devices that divides the experts, or a placement file with redundant experts"
-            )
-
-    def placement(self, policy: str, order_LE: npt.NDArray[np.integer]) -> Placement:
-        """Return the placement whose slots hold `order_LE` (a permutation of the experts in each layer)."""
-        return Placement(
-            policy=policy,
-            num_experts=self.num_experts,
-            physical_to_logical_LP=np.ascontiguousarray(order_LE, np.int32),
-            node_of_device_R=self.node_of_device_R,
-        )
-
-
-class PlacementPolicy(Protocol):
-    """What every policy offers."""
-
-    kind: ClassVar[str]
-
-    def place(self, problem: PlacementProblem) -> Placement: ...
+from epsim.placement.placement import Placement
+from epsim.placement.problem import PlacementProblem
 
 
 class Contiguous:

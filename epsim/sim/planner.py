@@ -206,9 +206,8 @@ class _CopyTime:
         self._exposed_frac_R = np.array([1.0 - device.transfer_overlap_frac for device in cluster.devices])
         self.exposed = bool(self._exposed_frac_R.any())
         # One more entry at the end, for the -1 that pads a route.
-        s_per_byte_X = np.append(1.0 / cluster.link_payload_bytes_per_s_X, 0.0)
         overhead_s_X = np.append(cluster.link_message_s_X, 0.0)
-        self._s_per_byte_RR = s_per_byte_X[cluster.routes_RRH].max(axis=2)
+        self._s_per_byte_RR = cluster.route_s_per_byte_RR
         self._message_s_RR = overhead_s_X[cluster.routes_RRH].sum(axis=2)
 
     def seconds_LR(self, out_LCRR: Floats, back_LCRR: Floats) -> Floats:
