@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trace": {"atomic"},
     "cluster": set(),
     "model": set(),
-    "placement": {"trace", "cluster"},
+    "placement": {"atomic", "trace", "cluster"},
     "traffic": {"trace", "placement", "cluster"},
     "cost": {"atomic", "cluster", "model", "placement"},
     "sim": {"traffic", "cost", "cluster", "model"},
