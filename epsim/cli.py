@@ -13,6 +13,7 @@ import typer
 from epsim import __version__
 from epsim.cli_calibrate import calibrate
 from epsim.cli_measure import measure_app
+from epsim.cli_place import place
 from epsim.cli_study import study_app
 from epsim.cli_trace import Overrides, ScenarioPath, trace_app
 from epsim.cli_train import train
@@ -123,6 +124,7 @@ def compare(
 
 
 app.command()(calibrate)
+app.command()(place)
 app.command()(train)
 
 

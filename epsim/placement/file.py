@@ -197,7 +197,9 @@ def _slots(rows: object) -> IntArray:
         if not isinstance(row, list) or not row:
             raise PlacementError(f"{name}[{i}]: {_show(row)} is not a row of expert ids; write a list")
         if len(row) != len(rows[0]):
-            raise PlacementError(f"{name}[{i}]: {len(row)} slots, row 0 has {len(rows[0])}; write all slots in each row")
+            raise PlacementError(
+                f"{name}[{i}]: {len(row)} slots, row 0 has {len(rows[0])}; write all slots in each row"
+            )
         for p, expert in enumerate(row):
             if type(expert) is not int or abs(expert) >= 2**31:
                 raise PlacementError(f"{name}[{i}][{p}]: {_show(expert)} is not an expert id; write a whole number")
