@@ -42,7 +42,7 @@ def check_design(question: Question, design: Design) -> tuple[int, int]:
     held_out, largest = len(split.held_out_ids), max(question.spec.workload.batch_sizes)
     if held_out < largest:
         raise InputError(
-            f"workload.batch_sizes: {largest} needs as many held-out requests, and {question.trace.name} has {held_out} "
+            f"workload.batch_sizes: {largest} needs as many held-out requests, {question.trace.name} has {held_out} "
             f"of {len(question.trace.requests)}; use smaller batches, or a longer trace"
         )
     return len(split.fit_ids), held_out
@@ -83,7 +83,7 @@ def compare_policies(
     ratio = num_held_out / num_fit
     specs = {choice.label: choice.spec.placement for choice in chosen.choices}
     return {
-        **_header(question, design, num_fit, num_held_out),
+        **header(question, design),
         "baseline": reference,
         "policies": [
             {
@@ -116,7 +116,9 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
     return runs
 
 
-def _header(question: Question, design: Design, num_fit: int, num_held_out: int) -> dict[str, Any]:
+def header(question: Question, design: Design) -> dict[str, Any]:
+    """Return what a comparison is of: its trace, scenario, devices, splits and batches."""
+    num_fit, num_held_out = check_design(question, design)
     meta, spec = question.trace.meta, question.spec
     return {
         "epsim_version": __version__,

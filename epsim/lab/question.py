@@ -104,7 +104,7 @@ def ask(
 
 
 def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: str | None) -> dict[str, Any]:
-    raw = load_raw(scenario) if scenario is not None else {"name": f"placements of {trace.path.name}"}
+    raw: dict[str, Any] = {"name": f"placements of {trace.path.name}"} if scenario is None else load_raw(scenario)
     raw.pop("placement", None)
     raw["trace"] = {"kind": "file", "path": str(trace.path)}
     if model is None and "model" not in raw:

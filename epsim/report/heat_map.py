@@ -5,6 +5,7 @@ receiver).
 """
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from epsim.report.figure import figure_style, png
 from epsim.report.origin import origin_line
+from epsim.units import format_size
 
 CIVIDIS = (
     "#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838",
@@ -23,6 +25,7 @@ CIVIDIS = (
 COLUMNS = 4
 _WIDEST_WITH_NUMBERS = 8  # devices
 _MOST_TICKS = 16
+_TITLE_CHARACTERS = 30  # of a line over a map
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _NOTHING_COLOUR = "#d9d9d9"
 
@@ -74,7 +77,7 @@ def heat_map(found: Values) -> bytes:
     with figure_style(**{"text.parse_math": False, "axes.spines.top": True, "axes.spines.right": True}):
         import matplotlib.pyplot as plt
 
-        size = (max(5.5, side * columns + 1.2), (side + 0.2) * rows + 1.3)
+        size = (max(5.5, side * columns + 1.2), (side + 0.5) * rows + 1.3)
         figure, axes = plt.subplots(
             rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
         )
@@ -83,8 +86,8 @@ def heat_map(found: Values) -> bytes:
             axes.flat[at - columns].tick_params(labelbottom=True)
         for ax, (name, bytes_RR) in zip(axes.flat, maps.items(), strict=False):
             image = _draw(ax, bytes_RR / scale, largest / scale, found)
-            total = bytes_RR.sum() / scale
-            ax.set_title(f"{name}: {total:.4g} {unit} in all", fontsize=9)
+            label = "\n".join(textwrap.wrap(name, _TITLE_CHARACTERS, break_on_hyphens=False))
+            ax.set_title(f"{label}\n{format_size(float(bytes_RR.sum()))} in all", fontsize=9)
         figure.colorbar(
             image, ax=axes, label=f"{unit} from a sender to a receiver", shrink=min(1.0, 2.4 / (side * rows) + 0.4)
         )
