@@ -30,9 +30,8 @@ class Estimate:
         n, mean = len(values), fmean(values)
         if n < 2:
             return cls(mean=mean, low=None, high=None, values=tuple(values))
-        from scipy.stats import t
 
-        half = float(t.ppf((1 + level) / 2, n - 1)) * math.sqrt(1 / n + test_to_fit) * stdev(values)
+        half = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(1 / n + test_to_fit) * stdev(values)
         return cls(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
 
     @property
