@@ -1,5 +1,7 @@
 """Expert placements: `Placement`, the policies in `POLICIES` that make one, and the homes of tokens."""
 
+from epsim.placement.balanced_coactivation import BalancedCoactivation
+from epsim.placement.coactivation import Coactivation
 from epsim.placement.from_file import FromFile
 from epsim.placement.homes import HomePlan, Homes, balanced, by_modality, expected_by_modality
 from epsim.placement.objective import FitTokens, TransferObjective
@@ -8,7 +10,16 @@ from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobi
 from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
-    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile)
+    policy.kind: policy
+    for policy in (
+        Contiguous,
+        RoundRobin,
+        Random,
+        ModalityBins,
+        Coactivation,
+        BalancedCoactivation,
+        FromFile,
+    )
 }
 
 __all__ = [
