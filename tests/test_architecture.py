@@ -133,7 +133,7 @@ HEAVY_AT_HOME = {
     "PIL": {"capture"},
     "sklearn": {"capture"},
     "skimage": {"capture"},
-    "numba": {"trace", "traffic", "sim"},
+    "numba": {"trace", "traffic", "sim", "placement"},
     "networkx": {"cluster", "measure"},
     "simpy": {"sim"},
     "pyarrow": {"trace", "report"},

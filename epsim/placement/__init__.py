@@ -1,5 +1,7 @@
 """Expert placements: `Placement`, the policies in `POLICIES` that make one, and the homes of tokens."""
 
+from epsim.placement.eplb_global import EplbGlobal
+from epsim.placement.eplb_hierarchical import EplbHierarchical
 from epsim.placement.from_file import FromFile
 from epsim.placement.homes import HomePlan, Homes, balanced, by_modality
 from epsim.placement.placement import Placement
@@ -13,7 +15,8 @@ from epsim.placement.policies import (
 )
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
-    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile)
+    policy.kind: policy
+    for policy in (Contiguous, RoundRobin, Random, ModalityBins, EplbHierarchical, EplbGlobal, FromFile)
 }
 
 __all__ = [

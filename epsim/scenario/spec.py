@@ -91,6 +91,21 @@ class ModalityBinsSpec(StrictModel):
     num_bins: PositiveInt | None = None
 
 
+class EplbHierarchicalSpec(StrictModel):
+    """DeepSeek's EPLB: expert groups onto nodes, then redundant experts and devices in each node."""
+
+    policy: Literal["eplb_hierarchical"]
+    num_groups: PositiveInt
+    redundant_experts: NonNegativeInt = 0
+
+
+class EplbGlobalSpec(StrictModel):
+    """DeepSeek's EPLB without groups: redundant experts and devices over the whole cluster."""
+
+    policy: Literal["eplb_global"]
+    redundant_experts: NonNegativeInt = 0
+
+
 class PlacementFileSpec(StrictModel):
     """A JSON file {"physical_to_logical_map": [layers][slots]}."""
 
@@ -99,7 +114,13 @@ class PlacementFileSpec(StrictModel):
 
 
 PlacementSpec = Annotated[
-    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec,
+    ContiguousSpec
+    | RoundRobinSpec
+    | RandomSpec
+    | ModalityBinsSpec
+    | EplbHierarchicalSpec
+    | EplbGlobalSpec
+    | PlacementFileSpec,
     Field(discriminator="policy"),
 ]
 
