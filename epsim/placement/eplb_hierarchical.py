@@ -1,4 +1,4 @@
-"""`EplbHierarchical`: DeepSeek's expert-parallel load balancer (deepseek-ai/EPLB), its policy that keeps groups in a node.
+"""`EplbHierarchical`: DeepSeek's expert-parallel load balancer (deepseek-ai/EPLB), its policy of groups within nodes.
 
 Letters: L MoE layers, E experts, G expert groups, N nodes, X (layer, node), S experts of a node, P slots.
 """
@@ -54,8 +54,8 @@ class EplbHierarchical:
         instead = f"or policy {EplbGlobal.kind}, which knows neither groups nor nodes"
         if problem.num_experts % self.num_groups:
             raise PlacementError(
-                f"placement.num_groups: {self.num_groups} does not divide {problem.num_experts} experts; use the number "
-                f"of groups of the router, {instead}"
+                f"placement.num_groups: {self.num_groups} does not divide {problem.num_experts} experts; use the "
+                f"number of groups of the router, {instead}"
             )
         node_R = problem.node_of_device_R
         num_nodes = len(np.unique(node_R))

@@ -1,7 +1,7 @@
 """The two steps that the EPLB policies share: `replicate` copies loaded experts, `pack` deals loads into equal packs.
 
-The algorithm is that of deepseek-ai/EPLB, written anew: greedy, compiled, in float64, all rows at once. A row is a layer,
-or a node in a layer. The load of an expert is split evenly over its copies. Letters: X rows, E experts of a row,
+The algorithm is that of deepseek-ai/EPLB, written anew: greedy, compiled, in float64, all rows at once. A row is a
+layer, or a node in a layer. The load of an expert is split evenly over its copies. Letters: X rows, E experts of a row,
 P slots of a row, N items.
 """
 
