@@ -2,6 +2,8 @@
 
 from epsim.placement.balanced_coactivation import BalancedCoactivation
 from epsim.placement.coactivation import Coactivation
+from epsim.placement.eplb_global import EplbGlobal
+from epsim.placement.eplb_hierarchical import EplbHierarchical
 from epsim.placement.from_file import FromFile
 from epsim.placement.homes import HomePlan, Homes, balanced, by_modality, expected_by_modality
 from epsim.placement.objective import FitTokens, TransferObjective
@@ -18,6 +20,8 @@ POLICIES: dict[str, type[PlacementPolicy]] = {
         ModalityBins,
         Coactivation,
         BalancedCoactivation,
+        EplbHierarchical,
+        EplbGlobal,
         FromFile,
     )
 }

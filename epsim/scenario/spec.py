@@ -112,6 +112,21 @@ class BalancedCoactivationSpec(CoactivationSpec):
     max_load: Annotated[float, Field(ge=1, le=100)] = 1.1
 
 
+class EplbHierarchicalSpec(StrictModel):
+    """DeepSeek's EPLB: expert groups onto nodes, then redundant experts and devices in each node."""
+
+    policy: Literal["eplb_hierarchical"]
+    num_groups: PositiveInt
+    redundant_experts: NonNegativeInt = 0
+
+
+class EplbGlobalSpec(StrictModel):
+    """DeepSeek's EPLB without groups: redundant experts and devices over the whole cluster."""
+
+    policy: Literal["eplb_global"]
+    redundant_experts: NonNegativeInt = 0
+
+
 class PlacementFileSpec(StrictModel):
     """A JSON file {"physical_to_logical_map": [layers][slots]}."""
 
@@ -126,6 +141,8 @@ PlacementSpec = Annotated[
     | ModalityBinsSpec
     | CoactivationSpec
     | BalancedCoactivationSpec
+    | EplbHierarchicalSpec
+    | EplbGlobalSpec
     | PlacementFileSpec,
     Field(discriminator="policy"),
 ]
