@@ -31,6 +31,8 @@ class Estimate:
         if n < 2:
             return cls(mean=mean, low=None, high=None, values=tuple(values))
 
+        from scipy.special import stdtrit
+
         half = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(1 / n + test_to_fit) * stdev(values)
         return cls(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
 

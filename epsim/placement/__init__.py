@@ -1,5 +1,9 @@
 """Expert placements: `Placement`, the policies in `POLICIES` that make one, and the homes of tokens."""
 
+from epsim.placement.balanced_coactivation import BalancedCoactivation
+from epsim.placement.coactivation import Coactivation
+from epsim.placement.eplb_global import EplbGlobal
+from epsim.placement.eplb_hierarchical import EplbHierarchical
 from epsim.placement.from_file import FromFile
 from epsim.placement.homes import HomePlan, Homes, balanced, by_modality, expected_by_modality
 from epsim.placement.objective import FitTokens, TransferObjective
@@ -8,7 +12,18 @@ from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobi
 from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
-    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile)
+    policy.kind: policy
+    for policy in (
+        Contiguous,
+        RoundRobin,
+        Random,
+        ModalityBins,
+        Coactivation,
+        BalancedCoactivation,
+        EplbHierarchical,
+        EplbGlobal,
+        FromFile,
+    )
 }
 
 __all__ = [

@@ -48,12 +48,14 @@ class Placement:
                 f"placement: layer {layer}, slot {slot} holds expert {p2l_LP[layer, slot]}; "
                 f"experts are numbered 0 to {self.num_experts - 1}, and -1 is an empty slot"
             )
-        for layer, row_P in enumerate(p2l_LP):
-            missing = np.setdiff1d(np.arange(self.num_experts), row_P)
-            if missing.size:
-                raise PlacementError(
-                    f"placement: layer {layer} has no slot for expert {missing[0]}; every expert must be on some device"
-                )
+        placed_LE = np.zeros((len(p2l_LP), self.num_experts + 1), np.bool_)  # the last column is of empty slots, -1
+        np.put_along_axis(placed_LE, p2l_LP, True, axis=1)
+        missing = np.argwhere(~placed_LE[:, :-1])
+        if missing.size:
+            layer, expert = missing[0]
+            raise PlacementError(
+                f"placement: layer {layer} has no slot for expert {expert}; every expert must be on some device"
+            )
 
     @property
     def num_devices(self) -> int:

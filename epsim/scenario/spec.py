@@ -91,6 +91,42 @@ class ModalityBinsSpec(StrictModel):
     num_bins: PositiveInt | None = None
 
 
+class CoactivationSpec(StrictModel):
+    """Experts that tokens choose together on one device: few remote devices per token, equal experts per device.
+
+    `starts` assignments are searched from, by `rounds` swaps per expert each, on at most `search_tokens` tokens; the
+    best then goes on with all tokens.
+    """
+
+    policy: Literal["coactivation"]
+    starts: PositiveInt = 4
+    rounds: Annotated[float, Field(gt=0, le=1000)] = 12.0
+    search_tokens: PositiveInt = 32768
+    seed: Seed = 0
+
+
+class BalancedCoactivationSpec(CoactivationSpec):
+    """The same while no device serves more than `max_load` times the mean of its layer."""
+
+    policy: Literal["balanced_coactivation"]  # type: ignore[assignment]
+    max_load: Annotated[float, Field(ge=1, le=100)] = 1.1
+
+
+class EplbHierarchicalSpec(StrictModel):
+    """DeepSeek's EPLB: expert groups onto nodes, then redundant experts and devices in each node."""
+
+    policy: Literal["eplb_hierarchical"]
+    num_groups: PositiveInt
+    redundant_experts: NonNegativeInt = 0
+
+
+class EplbGlobalSpec(StrictModel):
+    """DeepSeek's EPLB without groups: redundant experts and devices over the whole cluster."""
+
+    policy: Literal["eplb_global"]
+    redundant_experts: NonNegativeInt = 0
+
+
 class PlacementFileSpec(StrictModel):
     """A JSON file {"physical_to_logical_map": [layers][slots]}."""
 
@@ -99,7 +135,15 @@ class PlacementFileSpec(StrictModel):
 
 
 PlacementSpec = Annotated[
-    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec,
+    ContiguousSpec
+    | RoundRobinSpec
+    | RandomSpec
+    | ModalityBinsSpec
+    | CoactivationSpec
+    | BalancedCoactivationSpec
+    | EplbHierarchicalSpec
+    | EplbGlobalSpec
+    | PlacementFileSpec,
     Field(discriminator="policy"),
 ]
 
