@@ -236,7 +236,7 @@ def test_a_study_runs_what_is_not_done_and_fills_its_document(folder: Path, run:
     assert "former" not in text
     assert "`epsim study placement -o out`" in text
     assert "| `contiguous` |" in text
-    assert "Left out: `file`" in text
+    assert "`file` (placement.path: is missing" in text
     assert folder / "images" / "placement-small.png" in paths
     assert write_placement_document(folder / "doc.md", cases, "epsim study placement -o out")
     assert (folder / "doc.md").read_text() == text
