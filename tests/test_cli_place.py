@@ -13,6 +13,7 @@ from rich.console import Console
 
 from epsim import cli
 from epsim.errors import InputError
+from epsim.placement import POLICIES
 from epsim.placement.file import read_placement_file
 from epsim.report.heat_map import CIVIDIS, heat_map, pair_maps
 from epsim.study.placement import PlacementStudy, run_placement_study, traces_of
@@ -30,6 +31,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `all` be three quick policies, and one that cannot be had without a parameter."""
+    policies = {kind: POLICIES[kind] for kind in ("contiguous", "random", "modality_bins", "file")}
+    for module in ("epsim.lab.question", "epsim.study.placement"):
+        monkeypatch.setattr(f"{module}.POLICIES", policies)
+
+
+@pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs the command line on the trace and returns what it prints."""
 
@@ -44,6 +53,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     return run
 
 
+@pytest.mark.usefixtures("few")
 def test_the_tables_and_the_files(folder: Path, run: Run) -> None:
     printed = run(
         "--policy", "all", "--seeds", "2", "--pairs", "--best", "bytes", "--out", "p.json", "--heat-map", "maps"
@@ -217,6 +227,7 @@ def study(folder: Path, num_seeds: int = 1) -> PlacementStudy:
     )
 
 
+@pytest.mark.usefixtures("few")
 def test_a_study_runs_what_is_not_done_and_fills_its_document(folder: Path, run: Run) -> None:
     (folder / "values.json").write_text(run("--policy", "all", "--seeds", "1", "--json"))
     (folder / "stub.py").write_text("import sys, pathlib\nprint(pathlib.Path('values.json').read_text())\n")
@@ -242,6 +253,7 @@ def test_a_study_runs_what_is_not_done_and_fills_its_document(folder: Path, run:
     assert (folder / "doc.md").read_text() == text
 
 
+@pytest.mark.usefixtures("few")
 def test_a_study_says_what_failed(folder: Path) -> None:
     (folder / "stub.py").write_text("import sys\nprint('epsim: it broke', file=sys.stderr)\nsys.exit(2)\n")
     cases, failures = run_placement_study(

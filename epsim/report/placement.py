@@ -145,10 +145,16 @@ def _difference(value: Values, is_baseline: bool) -> str:
 
 
 def _signed(value: Values, digits: int, unit: str) -> str:
+    mean = f"{signed(value['mean'], digits)}{unit}"
     if value["low"] is None:
-        return f"{value['mean']:+.{digits}f}{unit}"
-    ends = f"{value['low']:+.{digits}f} .. {value['high']:+.{digits}f}"
-    return f"{value['mean']:+.{digits}f}{unit} [{ends}]{UNDECIDED if value['contains_zero'] else ' '}"
+        return mean
+    ends = f"{signed(value['low'], digits)} .. {signed(value['high'], digits)}"
+    return f"{mean} [{ends}]{UNDECIDED if value['contains_zero'] else ' '}"
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign, and with + where it rounds to 0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def _time(value: Values | None) -> str:

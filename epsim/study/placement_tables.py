@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from epsim.report.placement import UNDECIDED
+from epsim.report.placement import UNDECIDED, signed
 from epsim.units import format_size, format_time
 from epsim.validate.markdown import number, table
 
@@ -41,9 +41,9 @@ def _change(value: Found) -> str:
     if found is None:
         return "-"
     if found["low"] is None:
-        return f"{found['mean']:+.1f}"
+        return signed(found["mean"], 1)
     mark = UNDECIDED if found["contains_zero"] else ""
-    return f"{found['mean']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]{mark}"
+    return f"{signed(found['mean'], 1)} [{signed(found['low'], 1)}, {signed(found['high'], 1)}]{mark}"
 
 
 def cost_table(columns: Columns) -> str:
