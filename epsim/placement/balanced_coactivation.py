@@ -23,8 +23,8 @@ class BalancedCoactivation:
         *,
         max_load: float = 1.1,
         starts: int = 4,
-        rounds: float = 12.0,
-        search_tokens: int = 32768,
+        rounds: float = 8.0,
+        search_tokens: int = 16384,
         seed: int = 0,
     ) -> None:
         self.max_load = max_load

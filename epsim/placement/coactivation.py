@@ -21,7 +21,7 @@ class Coactivation:
 
     kind: ClassVar[str] = "coactivation"
 
-    def __init__(self, *, starts: int = 4, rounds: float = 12.0, search_tokens: int = 32768, seed: int = 0) -> None:
+    def __init__(self, *, starts: int = 4, rounds: float = 8.0, search_tokens: int = 16384, seed: int = 0) -> None:
         self.options = SearchOptions(starts=starts, rounds=rounds, search_tokens=search_tokens, seed=seed)
 
     def place(self, problem: PlacementProblem) -> Placement:

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from epsim.placement.eplb_packing import count_slots, replicate_and_pack
 from epsim.placement.placement import Placement
-from epsim.placement.policies import PlacementProblem
+from epsim.placement.problem import PlacementProblem
 
 
 class EplbGlobal:

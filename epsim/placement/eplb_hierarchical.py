@@ -11,7 +11,7 @@ from epsim.errors import PlacementError
 from epsim.placement.eplb_global import EplbGlobal
 from epsim.placement.eplb_packing import count_slots, pack, replicate_and_pack
 from epsim.placement.placement import Placement
-from epsim.placement.policies import PlacementProblem
+from epsim.placement.problem import PlacementProblem
 
 
 class EplbHierarchical:

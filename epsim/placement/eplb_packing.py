@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from epsim.errors import PlacementError
 from epsim.placement.placement import IntArray
-from epsim.placement.policies import PlacementProblem
+from epsim.placement.problem import PlacementProblem
 
 Loads = npt.NDArray[np.float64]
 

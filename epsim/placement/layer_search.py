@@ -24,8 +24,9 @@ _LAST_PATIENCE = 4  # swaps over all tokens of a large trace are slow, and the s
 class SearchOptions:
     """starts: assignments to search from (by id, by text bias, then random ones).
 
-    rounds: swaps per expert from each start. search_tokens: every start is searched on at most so many tokens, evenly
-    spaced; the best then goes on with all, until some swaps in a row bring nothing.
+    rounds: at most so many swaps per expert from each start, and no more than one per expert in a row without a gain.
+    search_tokens: every start is searched on at most so many tokens, evenly spaced; the best then goes on with all,
+    until some swaps in a row bring nothing.
     """
 
     starts: int
@@ -127,7 +128,7 @@ def _search(
     )
 
     num_swaps = int(options.rounds * len(experts))
-    effort = Effort(num_swaps=num_swaps, patience=num_swaps)
+    effort = Effort(num_swaps=num_swaps, patience=len(experts))
 
     def search(tokens: LayerTokens, start_E: Assignment, most: int, effort: Effort) -> tuple[Assignment, int, int]:
         seed = int(layer.rng.integers(2**31))

@@ -100,8 +100,8 @@ class CoactivationSpec(StrictModel):
 
     policy: Literal["coactivation"]
     starts: PositiveInt = 4
-    rounds: Annotated[float, Field(gt=0, le=1000)] = 12.0
-    search_tokens: PositiveInt = 32768
+    rounds: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    search_tokens: PositiveInt = 16384
     seed: Seed = 0
 
 
