@@ -42,7 +42,8 @@ def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of an .npz file; one with Python objects in it is refused."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
             return {name: content[name] for name in content.files}
     except OSError as error:
         reason = error.strerror or "it is damaged"

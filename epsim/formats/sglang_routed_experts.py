@@ -1,6 +1,6 @@
 """SGLang's routed experts, on each response with `return_routed_experts`: base64 of int32, flattened [tokens, L, K].
 
-Tokens are those of prompt and output but the last. They stand in meta_info (native API) or sglext (OpenAI's API). SGLang
+Tokens: those of prompt and output but the last. They stand in meta_info (native API) or sglext (OpenAI's API). SGLang
 has a row per layer of the model, dense ones too. Letters: T tokens, L layers, K top-k.
 """
 

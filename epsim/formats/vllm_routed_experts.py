@@ -1,7 +1,7 @@
 """vLLM's routed experts, on each response with `enable_return_routed_experts`.
 
 Older: `prompt_routed_experts` [prompt, L, K] on the response and `routed_experts` [generated, L, K] on each choice.
-Newer: one array `routed_experts` [prompt + generated - 1, L, K] on each choice. Nested lists, NumPy arrays, or .npy as base64.
+Newer: one array `routed_experts` [prompt + generated - 1, L, K] on each choice. Lists, arrays, or .npy as base64.
 Letters: T tokens, L MoE layers, K top-k.
 """
 
@@ -89,11 +89,14 @@ def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequ
         routed = holder.get("routed_experts")
         if routed is None and prompt_TLK is None:
             continue
-        num_prompt = _num_prompt(response, holder, prompt_ids_T, prompt_TLK, where)
+        num_prompt = _num_prompt(response, prompt_ids_T, prompt_TLK, where)
         generated = routed is None or (isinstance(routed, list) and not routed)
         ids_TLK = None if generated else _array(routed, f"{place}: routed_experts")
         all_TLK = _join(prompt_TLK, ids_TLK, place)
-        ids_T = _token_ids(prompt_ids_T, token_ids(holder, "token_ids", place), len(all_TLK))
+        generated_ids_T = token_ids(holder, "token_ids", place)
+        if prompt_TLK is None and generated_ids_T is not None:
+            _check_rows(len(all_TLK), num_prompt + len(generated_ids_T) - 1, place)
+        ids_T = _token_ids(prompt_ids_T, generated_ids_T, len(all_TLK))
         yield _without_cached(all_TLK, num_prompt, ids_T, place)
 
 
@@ -113,9 +116,7 @@ def _join(prompt_TLK: Ints | None, ids_TLK: Ints | None, place: str) -> Ints:
     return joined
 
 
-def _num_prompt(
-    response: dict[str, Any], choice: dict[str, Any], prompt_ids_T: Ints | None, prompt_TLK: Ints | None, where: str
-) -> int:
+def _num_prompt(response: dict[str, Any], prompt_ids_T: Ints | None, prompt_TLK: Ints | None, where: str) -> int:
     """Return the length of the prompt; what says it must agree."""
     said = {
         "prompt_routed_experts": None if prompt_TLK is None else len(prompt_TLK),
@@ -131,15 +132,15 @@ def _num_prompt(
     for name, other in others:
         if other != number:
             raise FormatError(f"{where}: {name}: {other} tokens, {first} has {number}; write those of one request")
-    if prompt_TLK is None and (rows := choice.get("routed_experts")) is not None:
-        completion = token_ids(choice, "token_ids", where)
-        num_rows = len(rows) if isinstance(rows, list | np.ndarray) else None
-        if completion is not None and num_rows not in (None, number + len(completion) - 1):
-            raise FormatError(
-                f"{where}: routed_experts: has {num_rows} rows, prompt and generated tokens - 1 are "
-                f"{number + len(completion) - 1}; write a row for each"
-            )
     return number
+
+
+def _check_rows(found: int, expected: int, place: str) -> None:
+    if found != expected:
+        raise FormatError(
+            f"{place}: routed_experts: has {found} rows, prompt and generated tokens - 1 are {expected}; "
+            "write a row for each"
+        )
 
 
 def _without_cached(all_TLK: Ints, num_prompt: int, ids_T: Ints | None, place: str) -> tuple[RoutedRequest, int]:

@@ -149,7 +149,8 @@ def parse_placement_file(content: object) -> PlacementFile:
         raise PlacementError(f'is not a JSON object; write {{"format": "{FORMAT}", ...}}')
     if content.get("format") != FORMAT:
         raise PlacementError(
-            f'format: {_show(content.get("format"))} is not "{FORMAT}"; bring a file of another system in with epsim import'
+            f'format: {_show(content.get("format"))} is not "{FORMAT}"; '
+            "bring a file of another system in with epsim import"
         )
     if content.get("version") != VERSION or type(content["version"]) is not int:
         raise PlacementError(f"version: {_show(content.get('version'))} is not {VERSION}, the one this epsim reads")
