@@ -507,7 +507,7 @@ FLAME_DAMAGE: list[tuple[dict[str, Any], str]] = [
     ({"indices": lists(GOOD_SCORES, pa.float32()), "scores": SCORES}, "write whole numbers"),
     ({"indices": IDS, "scores": lists(GOOD_IDS, pa.int16())}, "scores: is int16; write float16"),
     ({"indices": IDS, "scores": lists([[0.5, -1.0]] * 3, pa.float16())}, "not finite, or negative"),
-    ({"indices": lists(GOOD_IDS[:2], pa.int16()), "scores": lists(GOOD_SCORES[:2], pa.float16())}, "2 rows, the samples 3"),
+    ({"indices": IDS[:2], "scores": SCORES[:2]}, "has 2 rows, the samples 3"),
     ({"indices": lists([[0, 1], [1, 2], [4, 6]], pa.int16()), "scores": SCORES}, "expert 6 is not"),
     ({"indices": lists([[0, 1], [1, 1], [4, 5]], pa.int16()), "scores": SCORES}, "experts [1, 1]"),
 ]  # fmt: skip
