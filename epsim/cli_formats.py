@@ -25,7 +25,7 @@ def import_command(
         Path | None, typer.Option(metavar="FILE", help="Placement (epsim's) that the server had: physical to logical.")
     ] = None,
     vision_token_id: Annotated[
-        list[int] | None, typer.Option(metavar="ID", help="Token id that stands for an image token; repeat.")
+        list[int] | None, typer.Option(min=0, metavar="ID", help="Token id that stands for an image token; repeat.")
     ] = None,
     iteration: Annotated[int | None, typer.Option(min=0, metavar="N", help="Checkpoint to take (flame-moe).")] = None,
     request_tokens: Annotated[

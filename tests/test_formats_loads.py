@@ -29,7 +29,7 @@ def loads(name: str = "out.json") -> dict[str, Any]:
 def test_stat(epsim: Cli) -> None:
     write_stat(Path("s.pt"), COUNT)
     said = epsim.ok("import", "s.pt", "--from", "sglang-stat", "-o", "out.json")
-    assert "note: no expert of layer 0 was ever chosen" in said
+    assert "note: no expert of layers 0 was ever chosen" in said
     found = loads()
     assert found["logical_count"] == COUNT[[0, 2]].tolist()
     assert (found["layer_ids"], found["num_experts"], found["steps"]) == ([0, 1, 2], 3, [0, 2])

@@ -36,10 +36,8 @@ def import_files(paths: Sequence[Path], name: str, output: Path, options: Option
         write_loads(output, loads)
         lines = [f"wrote {output}: loads, {len(loads.layer_ids)} layers, {loads.logical_count.shape[-1]} experts"]
         if idle := loads.idle_layers:
-            lines.append(
-                f"note: no expert of layer {idle[0]} was ever chosen, nor of {len(idle) - 1} other layers; "
-                "dense ones can be left out with --layer-ids"
-            )
+            listed = ", ".join(map(str, idle[:5])) + (", ..." if len(idle) > 5 else "")
+            lines.append(f"note: no expert of layers {listed} was ever chosen; --layer-ids leaves dense ones out")
         return lines
     if name not in ROUTINGS:
         _unknown("--from", name, [*PLACEMENTS, *LOADS, *ROUTINGS])

@@ -109,7 +109,9 @@ def _check_rows(names: list[Path], sources: list[list[Path]]) -> None:
 
 def _first_topk(file: Path) -> int:
     with _parquet_errors(file):
-        first = next(_open(file).iter_batches(batch_size=1, columns=["indices"]))
+        first = next(_open(file, ["indices"]).iter_batches(batch_size=1, columns=["indices"]), None)
+        if first is None:
+            raise FormatError(f"{file}: has no rows; leave it out")
         lists = first.column(0)
         if not pa.types.is_list(lists.type) and not pa.types.is_fixed_size_list(lists.type):
             raise FormatError(f"{file}: indices: is {lists.type}, not a list of numbers; write list<int16>")
@@ -193,5 +195,5 @@ def _numbers(column: Any, kinds: str, where: str) -> Ints | NDArray[Any]:
 def _parquet_errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise FormatError(f"{file}: is not a Parquet file, or damaged; copy it again") from error

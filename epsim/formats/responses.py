@@ -1,8 +1,10 @@
 """Responses of a server in files: `read_responses` (.json, .jsonl, .npz); fields of them that engines share."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,11 @@ from epsim.errors import FormatError
 from epsim.formats.reading import Ints, in_range, ints, mapping, parse_json, read_json, read_text, whole
 from epsim.scenario.describe import show
 
+# What NumPy raises of a damaged .npy or .npz file, or one with Python objects in it.
+DAMAGED = (
+    *(ValueError, TypeError, KeyError, AttributeError, SyntaxError, TokenError, OverflowError, NotImplementedError),
+    *(EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error),
+)
 NOUN = "a response as .json, a list of them, or a .jsonl file with one per line"
 
 
@@ -48,7 +55,7 @@ def _arrays(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or "it is damaged"
         raise FormatError(f"{path}: cannot be read: {reason}; write an .npz file of plain arrays") from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, AttributeError) as error:
+    except DAMAGED as error:
         raise FormatError(f"{path}: is no .npz file of plain arrays, or damaged; write one with numpy.savez") from error
 
 

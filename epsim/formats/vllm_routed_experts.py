@@ -6,7 +6,6 @@ Letters: T tokens, L MoE layers, K top-k.
 """
 
 import base64
-import binascii
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from epsim.errors import FormatError
 from epsim.formats.options import Options, choose_layers, names, needed_num_experts
 from epsim.formats.reading import Ints, ints, mapping
-from epsim.formats.responses import count, read_responses, token_ids
+from epsim.formats.responses import DAMAGED, count, read_responses, token_ids
 from epsim.formats.routed_requests import Recording, RoutedRequest, write_requests
 
 NAME = "vllm-routed-experts"
@@ -90,8 +89,8 @@ def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequ
         if routed is None and prompt_TLK is None:
             continue
         num_prompt = _num_prompt(response, prompt_ids_T, prompt_TLK, where)
-        generated = routed is None or (isinstance(routed, list) and not routed)
-        ids_TLK = None if generated else _array(routed, f"{place}: routed_experts")
+        nothing = routed is None or (isinstance(routed, list) and not routed)
+        ids_TLK = None if nothing else _array(routed, f"{place}: routed_experts")
         all_TLK = _join(prompt_TLK, ids_TLK, place)
         generated_ids_T = token_ids(holder, "token_ids", place)
         if prompt_TLK is None and generated_ids_T is not None:
@@ -180,7 +179,7 @@ def _array(value: object, where: str) -> Ints:
     if isinstance(value, str):
         try:
             value = np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
-        except (binascii.Error, ValueError, EOFError, OSError) as error:
+        except DAMAGED as error:
             raise FormatError(
                 f"{where}: is text, but no .npy array as base64; write it as the server gave it"
             ) from error
