@@ -47,6 +47,16 @@ def test_logical_count_and_what_epsim_wrote(epsim: Cli) -> None:
     assert (loads("again.json")["logical_count"], loads("again.json")["layer_ids"]) == ([[1, 2], [3, 4]], [3, 5])
 
 
+def test_logical_count_by_step_and_as_pt(epsim: Cli) -> None:
+    import torch
+
+    Path("l.json").write_text(json.dumps({"logical_count": COUNT.tolist()}))
+    torch.save({"logical_count": torch.from_numpy(COUNT)}, "l.pt")
+    for name in ("l.json", "l.pt"):
+        epsim.ok("import", name, "--from", "sglang-logical-count", "-o", "out.json")
+        assert (loads()["logical_count"], loads()["layer_ids"]) == (COUNT.tolist(), [0, 1, 2])
+
+
 def test_statistics_are_summed_over_ranks(epsim: Cli) -> None:
     # Iteration 50: layer 3 has [1, 0, 1] + [0, 2, 0], layer 4 [0, 1, 1] + [2, 0, 0]; iteration 51 is as it stands.
     of_rank = [

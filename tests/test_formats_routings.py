@@ -382,7 +382,9 @@ VLLM_DAMAGE: list[tuple[Change, str]] = [
     (of_choice("AAAA"), "routed_experts: is text, but no .npy array as base64"),
     (of_choice(npy_base64(ONE.experts.astype(np.float32))), "holds float32, not whole numbers"),
     (of_choice(npy_base64(np.array([None]))), "no .npy array as base64"),
-    (of_choice(None), "no response has routed experts"),
+    (of_choice(None), "choices[0]: routed_experts: is missing"),
+    (of_choice([]), "choices[0]: routed_experts: is empty"),
+    (setting("choices", []), "has no responses with a choice"),
     (setting("choices", 5), "choices: is not a list"),
     (setting("choices", [5]), "choices[0]: 5 is not a choice"),
     (setting("usage", "prompt_tokens", 3), "usage.prompt_tokens: 3 tokens, prompt_token_ids has 2"),
@@ -410,7 +412,7 @@ def test_damaged_vllm(epsim: Cli, change: Change, rule: str) -> None:
         ("r.json", b"[3]", "[0]: 3 is not a response"),
         ("r.json", b"\xff\xfe", "not a text file in UTF-8"),
         ("r.jsonl", b"\n\n", "is empty"),
-        ("r.jsonl", b'{}\n{"a": ', "line 2: is not JSON"),
+        ("r.jsonl", b'\n{"a": ', "line 2: is not JSON"),
         ("r.txt", b"{}", "ends in none of .json, .jsonl and .npz"),
         ("r.npz", b"PK\x03\x04", "no .npz file of plain arrays"),
         ("r.npz", b"garbage", "no .npz file of plain arrays"),
@@ -438,7 +440,7 @@ SGLANG_DAMAGE: list[tuple[Change, str]] = [
     (setting(*META, "routed_experts", "ä!"), "routed_experts: is not base64"),
     (setting(*META, "routed_experts", "AAAA"), "3 bytes are not int32 for 3 tokens"),
     (setting(*META, "routed_experts", ""), "0 bytes are not int32 for 3 tokens"),
-    (dropping(*META, "routed_experts"), "no response has routed_experts"),
+    (dropping(*META, "routed_experts"), "routed_experts: is missing; ask for it"),
     (dropping(*META, "prompt_tokens"), "meta_info.prompt_tokens: is missing"),
     (dropping(*META, "completion_tokens"), "meta_info.completion_tokens: is missing"),
     (setting(*META, "prompt_tokens", "2"), 'meta_info.prompt_tokens: "2" is not a whole number'),
@@ -536,6 +538,8 @@ def test_flame_asks_for_what_it_lacks(epsim: Cli) -> None:
     assert "has the checkpoints 9, 5473" in epsim.fails(*flame(epsim, *options))
     assert "--iteration 8: f/actives has 9, 5473" in epsim.fails(*flame(epsim, *options, "--iteration", "8"))
     epsim.ok(*flame(epsim, *options, "--iteration", "5473"))
+    epsim.ok("import", "f", "--from", "flame-moe", "-o", "e.arrow", *options, "--iteration", "5473")
+    assert TraceFile.open("e.arrow").meta.num_experts == 64  # unless something else is said
     assert "has its own layer ids" in epsim.fails(*flame(epsim, *options, "--iteration", "5473", "--layer-ids", "7-8"))
     Path("f/samples/part-1.parquet").write_bytes(b"PAR1 cut off")
     Path("t.arrow").unlink()

@@ -31,8 +31,6 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     if topk is None:
         raise FormatError(f"{paths[0]}: does not say how many experts a token has; write --topk or --model")
     requests = [request for path in paths for request in _requests(path, topk)]
-    if not requests:
-        raise FormatError(f"{paths[0]}: no response has routed_experts; ask for them with return_routed_experts")
     rows, layer_ids = choose_layers(requests[0].ids_TLK.shape[1], options, requests[0].where)
     recording = Recording(
         layer_ids=layer_ids,
@@ -53,10 +51,11 @@ def _requests(path: Path, topk: int) -> Iterator[RoutedRequest]:
         if isinstance(choices, list):
             places = [(f"{where}: choices[{i}]", choice) for i, choice in enumerate(choices)]
             holders += [(place, mapping(choice, place, "a choice (a JSON object)")) for place, choice in places]
-        for place, holder in holders:
-            text = _routed(holder, place)
-            if text is not None:
-                yield _request(text, holder, response, place, topk)
+        found = [(place, holder, text) for place, holder in holders if (text := _routed(holder, place)) is not None]
+        if not found:
+            raise FormatError(f"{where}: routed_experts: is missing; ask for it with return_routed_experts")
+        for place, holder, text in found:
+            yield _request(text, holder, response, place, topk)
 
 
 def _routed(holder: dict[str, Any], where: str) -> str | None:

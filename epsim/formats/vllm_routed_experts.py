@@ -38,7 +38,7 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
             if isinstance(version := response.get("system_fingerprint"), str):
                 versions.add(version)
     if not requests:
-        raise FormatError(f"{paths[0]}: no response has routed experts; serve with --enable-return-routed-experts")
+        raise FormatError(f"{paths[0]}: has no responses with a choice; write them as the server gave them")
     rows, layer_ids = choose_layers(requests[0].ids_TLK.shape[1], options, requests[0].where)
     recording = Recording(
         layer_ids=layer_ids,
@@ -87,9 +87,9 @@ def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequ
         holder = mapping(choice, place, "a choice (a JSON object)")
         routed = holder.get("routed_experts")
         if routed is None and prompt_TLK is None:
-            continue
+            raise FormatError(f"{place}: routed_experts: is missing; serve with --enable-return-routed-experts")
         num_prompt = _num_prompt(response, prompt_ids_T, prompt_TLK, where)
-        nothing = routed is None or (isinstance(routed, list) and not routed)
+        nothing = prompt_TLK is not None and (routed is None or (isinstance(routed, list) and not routed))
         ids_TLK = None if nothing else _array(routed, f"{place}: routed_experts")
         all_TLK = _join(prompt_TLK, ids_TLK, place)
         generated_ids_T = token_ids(holder, "token_ids", place)
