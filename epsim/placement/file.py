@@ -78,7 +78,7 @@ class PlacementFile:
             raise PlacementError(f"layer_ids: {_show(list(ids))} are not layer numbers; write e.g. [0, 1, 2]")
         if unordered := next(((a, b) for a, b in pairwise(ids) if a >= b), None):
             raise PlacementError(
-                f"layer_ids: {unordered[1]} after {unordered[0]}; write each once, ascending, and the rows in that order"
+                f"layer_ids: {unordered[1]} after {unordered[0]}; write each once, ascending, with its row"
             )
         for name in ("policy", "description"):
             if not isinstance(getattr(self, name), str):
@@ -149,7 +149,8 @@ def parse_placement_file(content: object) -> PlacementFile:
         raise PlacementError(f'is not a JSON object; write {{"format": "{FORMAT}", ...}}')
     if content.get("format") != FORMAT:
         raise PlacementError(
-            f'format: {_show(content.get("format"))} is not "{FORMAT}"; bring another system\'s file in with epsim import'
+            f'format: {_show(content.get("format"))} is not "{FORMAT}"; '
+            "bring a file of another system in with epsim import"
         )
     if content.get("version") != VERSION or type(content["version"]) is not int:
         raise PlacementError(f"version: {_show(content.get('version'))} is not {VERSION}, the one this epsim reads")
