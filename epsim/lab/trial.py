@@ -4,7 +4,7 @@ Letters: L MoE layers, R devices, E experts.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from epsim.fitting import make_policy, placement_problem
-from epsim.lab.bounds import max_load_bound_L, transfer_bound_L
 from epsim.lab.crossing import Crossing, count_crossing
 from epsim.lab.question import Choice, Question
 from epsim.lab.split import Split
@@ -21,6 +20,7 @@ from epsim.layout import Layout
 from epsim.metrics import balancedness
 from epsim.parallelism import lay_out
 from epsim.placement import FitTokens, PlacementProblem
+from epsim.placement.bounds import max_load_bound_L, transfer_bound_L
 from epsim.run import build_transmission, deploy, replay
 from epsim.scenario import ScenarioSpec
 from epsim.trace import RoutingTrace
@@ -54,7 +54,7 @@ class Sample:
     split: Split
     fit: Part
     held_out: Part
-    _bounds: dict[tuple[str, int, int], float | None] = field(default_factory=dict)
+    _bounds: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, question: Question, split: Split) -> "Sample":
@@ -62,29 +62,28 @@ class Sample:
         fit, held_out = (Part(trace=question.trace.select(ids)) for ids in (split.fit_ids, split.held_out_ids))
         return cls(split=split, fit=fit, held_out=held_out)
 
-    def transfer_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float | None:
+    def transfer_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float:
         """Return the mean over layers of what no placement's cost is below."""
-        return self._once(
-            ("transfer", id(part), slots_per_device),
-            lambda: _mean(transfer_bound_L(problem.objective, part.tokens, slots_per_device, problem.num_experts)),
-        )
 
-    def load_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float | None:
+        def bound() -> Floats:
+            return transfer_bound_L(
+                problem.objective, part.tokens, num_experts=problem.num_experts, slots_per_device=slots_per_device
+            )
+
+        return self._once(("transfer", id(part), slots_per_device), bound)
+
+    def load_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float:
         """Return the mean over layers of what no placement's fullest device serves less than."""
         load_LE = part.load_MLE.sum(axis=0)
         return self._once(
             ("load", id(part), slots_per_device),
-            lambda: _mean(max_load_bound_L(load_LE, problem.num_devices, slots_per_device)),
+            lambda: max_load_bound_L(load_LE, problem.num_devices, slots_per_device),
         )
 
-    def _once(self, key: tuple[str, int, int], make: Callable[[], float | None]) -> float | None:
+    def _once(self, key: tuple[str, int, int], make: Callable[[], Floats]) -> float:
         if key not in self._bounds:
-            self._bounds[key] = make()
+            self._bounds[key] = float(make().mean())
         return self._bounds[key]
-
-
-def _mean(bound_L: Floats | None) -> float | None:
-    return None if bound_L is None else float(bound_L.mean())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,34 +91,43 @@ class Trial:
     """What a policy gave on a split.
 
     values: by name (docs/metrics.md), None where there is nothing to say. times: TTFT and TPOT in s by batch size.
-    sent_bytes_RR: of the held-out requests, by sender and receiver.
+    sent_bytes_RR: of the held-out requests, by sender and receiver. bounds: as values, or empty.
     """
 
     values: Values
     times: dict[int, Values]
     sent_bytes_RR: Floats
+    bounds: Values
 
 
-def run_trial(question: Question, choice: Choice, sample: Sample, advance: Callable[[], None]) -> Trial:
-    """Fit the policy to one part of the requests and judge it on the other; advance: is called after each step."""
+def run_trial(
+    question: Question, choice: Choice, sample: Sample, advance: Callable[[], None], *, with_bounds: bool
+) -> Trial:
+    """Fit the policy to one part of the requests and judge it on the other.
+
+    advance: is called after each simulated step. with_bounds: also bound what any placement gives, which takes longer.
+    """
     problem = placement_problem(choice.spec, question.cluster, sample.fit.trace, sample.fit.load_MLE)
     policy = make_policy(choice.spec.placement)
     began_s = time.perf_counter()
     layout = lay_out(choice.spec, question.model, policy, problem)
     seconds = time.perf_counter() - began_s
     transmission = build_transmission(choice.spec, question.model)
-    fitted, judged = (
-        count_crossing(part.trace, layout, question.cluster, transmission) for part in (sample.fit, sample.held_out)
-    )
+    parts = {"fit": sample.fit, "held_out": sample.held_out}
+    crossings = {
+        name: count_crossing(part.trace, layout, question.cluster, transmission) for name, part in parts.items()
+    }
+    judged, costs = crossings["held_out"], _costs(sample, problem, layout)
     return Trial(
         values={
             **_crossing_values(judged),
-            **_bounded_values(sample, problem, layout, fitted, judged),
+            **costs,
             "replica_memory_bytes": replica_bytes(layout, float(question.model.expert_bytes)),
             "time_to_place_s": seconds,
         },
         times=_times(question, choice.spec, layout, sample.held_out.trace, advance),
         sent_bytes_RR=judged.bytes_RR,
+        bounds=_bounds(sample, problem, layout, costs, crossings) if with_bounds else {},
     )
 
 
@@ -147,25 +155,31 @@ def _crossing_values(judged: Crossing) -> Values:
     }
 
 
-def _bounded_values(
-    sample: Sample, problem: PlacementProblem, layout: Layout, fitted: Crossing, judged: Crossing
+def _costs(sample: Sample, problem: PlacementProblem, layout: Layout) -> Values:
+    """Return the transfer objective of the requests fitted to and of those held out."""
+    table_RLE = layout.placement.device_of_expert_RLE
+    return {
+        f"objective_{name}": float(problem.objective.cost_L(part.tokens, table_RLE).mean())
+        for name, part in (("fit", sample.fit), ("held_out", sample.held_out))
+    }
+
+
+def _bounds(
+    sample: Sample, problem: PlacementProblem, layout: Layout, costs: Values, crossings: Mapping[str, Crossing]
 ) -> Values:
-    """Return the transfer objective and the largest loads, in sample and held out, beside their lower bounds."""
-    values: Values = {}
-    placement = layout.placement
-    slots = placement.slots_per_device
-    for name, part, crossing in (("fit", sample.fit, fitted), ("held_out", sample.held_out, judged)):
-        cost = float(problem.objective.cost_L(part.tokens, placement.device_of_expert_RLE).mean())
-        bound = sample.transfer_bound(problem, part, slots)
-        max_load, load_bound = float(crossing.served_LR.max(axis=1).mean()), sample.load_bound(problem, part, slots)
-        values[f"objective_{name}"] = cost
+    """Return lower bounds of both objectives, and how far these and the largest loads are above them."""
+    slots, values = layout.placement.slots_per_device, dict[str, float | None]()
+    for name, part in (("fit", sample.fit), ("held_out", sample.held_out)):
+        bound, cost = sample.transfer_bound(problem, part, slots), costs[f"objective_{name}"]
+        max_load = float(crossings[name].served_LR.max(axis=1).mean())
+        assert cost is not None
         values[f"objective_bound_{name}"] = bound
         values[f"objective_gap_{name}"] = _gap(cost, bound)
-        values[f"max_load_gap_{name}"] = _gap(max_load, load_bound)
+        values[f"max_load_gap_{name}"] = _gap(max_load, sample.load_bound(problem, part, slots))
     return values
 
 
-def _gap(value: float, bound: float | None) -> float | None:
+def _gap(value: float, bound: float) -> float | None:
     return value / bound - 1 if bound else None
 
 

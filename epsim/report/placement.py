@@ -118,19 +118,19 @@ def _balance_table(found: Values) -> Table:
 
 def _bound_table(found: Values) -> Table:
     columns = [
-        "fitted to: cost", "bound", "gap", "held out: cost", "bound", "gap", "load, fitted to: gap", "held out: gap",
+        "fitted to: cost", "held out: cost", "| fitted to: bound", "above", "held out: bound", "above",
+        "| load, fitted to: above", "held out: above",
     ]  # fmt: skip
 
     def row(policy: Values, is_baseline: bool) -> list[str]:
-        metrics, cells = policy["metrics"], []
+        metrics, bounds, cells = policy["metrics"], policy["bounds"], []
         for part in ("fit", "held_out"):
-            cells += [number(metrics[f"objective_{part}"]), number(metrics[f"objective_bound_{part}"])]
-            cells += [percent(metrics[f"objective_gap_{part}"])]
-        return [*cells, *(percent(metrics[f"max_load_gap_{part}"]) for part in ("fit", "held_out"))]
+            cells += [number(bounds[f"objective_bound_{part}"]), percent(bounds[f"objective_gap_{part}"])]
+        loads = [percent(bounds[f"max_load_gap_{part}"]) for part in ("fit", "held_out")]
+        return [*(number(metrics[f"objective_{part}"]["mean"]) for part in ("fit", "held_out")), *cells, *loads]
 
-    return _table(
-        "Transfer objective per token and layer, and largest load, above their lower bounds", found, columns, row
-    )
+    title = "Transfer objective per token and layer | first split: above its lower bound | largest load above its bound"
+    return _table(title, found, columns, row)
 
 
 def change(value: Values | None, is_baseline: bool) -> str:
@@ -161,11 +161,11 @@ def _time(value: Values | None) -> str:
     return "-" if value is None else format_time(value["mean"])
 
 
-def number(value: Values | None) -> str:
-    """Return a mean with three digits, a dash for none."""
-    return "-" if value is None else f"{value['mean']:.3f}"
+def number(value: float | None) -> str:
+    """Return a number with three digits, a dash for none."""
+    return "-" if value is None else f"{value:.3f}"
 
 
-def percent(value: Values | None) -> str:
+def percent(value: float | None) -> str:
     """Return a share in %, a dash for none."""
-    return "-" if value is None else f"{100 * value['mean']:.1f} %"
+    return "-" if value is None else f"{100 * value:.1f} %"
