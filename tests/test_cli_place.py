@@ -172,7 +172,7 @@ def test_too_few_requests_are_one_line(
 def test_an_interrupt_writes_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("epsim.lab.experiment.run_trial", interrupted)
