@@ -91,6 +91,16 @@ class ModalityBinsSpec(StrictModel):
     num_bins: PositiveInt | None = None
 
 
+class TokenMigrationSpec(StrictModel):
+    """Experts of consecutive layers together, for tokens that stay where their first expert was (`epsim.migration`)."""
+
+    policy: Literal["token_migration"]
+    method: Literal["sweep", "ilp"] = "sweep"
+    starts: Annotated[int, Field(gt=0, le=1000)] = 4
+    seed: Seed = 0
+    max_tokens: PositiveInt = 10_000
+
+
 class PlacementFileSpec(StrictModel):
     """A JSON file {"physical_to_logical_map": [layers][slots]}."""
 
@@ -99,7 +109,7 @@ class PlacementFileSpec(StrictModel):
 
 
 PlacementSpec = Annotated[
-    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec,
+    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec | TokenMigrationSpec,
     Field(discriminator="policy"),
 ]
 
