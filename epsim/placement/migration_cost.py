@@ -9,6 +9,7 @@ and before layer 0 it is at its home, which is taken to be any device alike: [..
 Letters: T tokens, L MoE layers, K top-k, E experts, R devices.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -123,9 +124,10 @@ class MigrationCost:
         last, touch_cost_L = self.num_layers - 1, self.touch_cost_L
         nobody_T, nothing_TR = np.full(self.ids_LTK.shape[1], -1, np.int32), np.zeros((0, self.num_devices), np.int16)
         users = [_users(ids_TK, self.num_experts) for ids_TK in self.ids_LTK]
-        waiting = set(range(self.num_layers))  # the layers in which a swap may help
+        waiting, turn = set(range(self.num_layers)), itertools.cycle(range(self.num_layers))  # where a swap may help
         while waiting:
-            layer = min(waiting)
+            if (layer := next(turn)) not in waiting:
+                continue
             here_T = nobody_T if layer == 0 else device_LE[layer - 1][self.ids_LTK[layer - 1, :, 0]]
             next_TR = nothing_TR
             if layer < last:

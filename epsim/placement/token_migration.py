@@ -29,7 +29,7 @@ class TokenMigration:
     kind: ClassVar[str] = "token_migration"
 
     def __init__(
-        self, *, method: Literal["sweep", "ilp"] = "sweep", starts: int = 4, seed: int = 0, max_tokens: int = 10_000
+        self, *, method: Literal["sweep", "ilp"] = "sweep", starts: int = 2, seed: int = 0, max_tokens: int = 5_000
     ) -> None:
         self.method = method
         self.starts = starts

@@ -96,9 +96,9 @@ class TokenMigrationSpec(StrictModel):
 
     policy: Literal["token_migration"]
     method: Literal["sweep", "ilp"] = "sweep"
-    starts: Annotated[int, Field(gt=0, le=1000)] = 4
+    starts: Annotated[int, Field(gt=0, le=1000)] = 2
     seed: Seed = 0
-    max_tokens: PositiveInt = 10_000
+    max_tokens: PositiveInt = 5_000
 
 
 class PlacementFileSpec(StrictModel):
