@@ -50,8 +50,9 @@ class MigrationCost:
         """Tokens whose primary expert is the first in a layer and that choose the second in the next, [L - 1, E, E]."""
         affinity_LEE = np.zeros((self.num_layers - 1, self.num_experts, self.num_experts))
         for layer, counts_EE in enumerate(affinity_LEE):
-            primary_T1 = np.broadcast_to(self.ids_LTK[layer, :, :1], self.ids_LTK[layer].shape)
-            np.add.at(counts_EE, (primary_T1, self.ids_LTK[layer + 1]), 1.0)
+            primary_T1 = self.ids_LTK[layer, :, :1].astype(np.int64)
+            pair_TK = primary_T1 * self.num_experts + self.ids_LTK[layer + 1]
+            counts_EE.flat = np.bincount(pair_TK.reshape(-1), minlength=counts_EE.size)
         return affinity_LEE
 
     def of(self, device_LE: Devices) -> float:

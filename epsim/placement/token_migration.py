@@ -20,7 +20,7 @@ from epsim.trace.primary import primary_first
 class TokenMigration:
     """Fewest hidden vectors that cross per migrating token, with as many experts on each device.
 
-    method: "sweep", a search from `starts` placements (contiguous, then random ones by `seed`), of each with and without
+    method: "sweep", a search from `starts` placements (contiguous, then random ones by `seed`), each with and without
     sweeps of assignments first: the best names of devices, then swaps of pairs until none helps; "ilp", an exact
     optimum of small cases by HiGHS. max_tokens: how many tokens, evenly spaced over the trace, it is fitted to.
     Loads are not evened out, and costs of links not told apart.
@@ -47,8 +47,8 @@ class TokenMigration:
     def _tokens(self, problem: PlacementProblem) -> FitTokens:
         """Return the tokens to fit to: those of the phases that come to these devices."""
         tokens = FitTokens.of(problem.require_trace(self.kind), self.max_tokens, primary_first)
-        comes_F = problem.objective.home_share_FS.any(axis=1)
-        own_T = comes_F[tokens.phase_T]
+        comes = np.flatnonzero(problem.objective.home_share_FS.sum(axis=1))
+        own_T = np.isin(tokens.phase_T, comes)
         return FitTokens(
             ids_LTK=tokens.ids_LTK[:, own_T], phase_T=tokens.phase_T[own_T], modality_T=tokens.modality_T[own_T]
         )
@@ -61,6 +61,6 @@ class TokenMigration:
         candidates = [contiguous_LE]
         for start in range(self.starts):
             begin_LE = contiguous_LE if start == 0 else rng.permuted(contiguous_LE, axis=1)
-            for improved_LE in (begin_LE, cost.assigned(begin_LE)):  # swaps alone end elsewhere, at times lower
-                candidates.append(cost.relabelled(cost.swapped(cost.relabelled(improved_LE))))
+            begins = begin_LE, cost.assigned(begin_LE)  # swaps alone end elsewhere, at times lower
+            candidates += [cost.relabelled(cost.swapped(cost.relabelled(device_LE))) for device_LE in begins]
         return min(candidates, key=cost.of)

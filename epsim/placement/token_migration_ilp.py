@@ -10,6 +10,8 @@ which is `MigrationCost` times the tokens, but for a constant. d and h need not 
 best values are. Devices are alike, so expert 0 of layer 0 is put on device 0.
 """
 
+from typing import Any
+
 import numpy as np
 
 from epsim.errors import PlacementError
@@ -82,7 +84,7 @@ class _Program:
         per_path = np.repeat(np.concatenate([touch_cost, -saved]), self._cost.num_devices)
         return np.concatenate([np.zeros(self.num_binaries), per_path])
 
-    def constraints(self):  # type: ignore[no-untyped-def]
+    def constraints(self) -> tuple[Any, Floats, Floats]:
         """Return a sparse matrix and the bounds of its rows."""
         from scipy.sparse import coo_array
 
