@@ -49,10 +49,11 @@ class MigrationCost:
     def affinity_LEE(self) -> Floats:
         """Tokens whose primary expert is the first in a layer and that choose the second in the next, [L - 1, E, E]."""
         affinity_LEE = np.zeros((self.num_layers - 1, self.num_experts, self.num_experts))
-        for layer, counts_EE in enumerate(affinity_LEE):
+        for layer in range(self.num_layers - 1):
             primary_T1 = self.ids_LTK[layer, :, :1].astype(np.int64)
             pair_TK = primary_T1 * self.num_experts + self.ids_LTK[layer + 1]
-            counts_EE.flat = np.bincount(pair_TK.reshape(-1), minlength=counts_EE.size)
+            counts = np.bincount(pair_TK.reshape(-1), minlength=self.num_experts**2)
+            affinity_LEE[layer] = counts.reshape(self.num_experts, self.num_experts)
         return affinity_LEE
 
     def of(self, device_LE: Devices) -> float:
