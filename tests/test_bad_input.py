@@ -157,6 +157,8 @@ VALUES = {
     "placement=random": 'placement: "random" is not a mapping of fields; write e.g. {policy: random}',
     "placement={}": "placement.policy: is missing; write one of contiguous, eplb_global, "
     "eplb_hierarchical, file, modality_bins, random, round_robin",
+    "placement={}": "placement.policy: is missing; write one of contiguous, file, modality_bins, random, "
+    "round_robin, token_migration",
     "placement=~": "placement: null is not a mapping of fields; write e.g. {policy: contiguous}",
     "transmission=async": 'transmission: "async" is not a mapping of fields; write e.g. {mode: ...}',
     "trace={kind: published, method: baseline}": "trace.benchmark: is missing; "
@@ -170,6 +172,7 @@ VALUES = {
     # names that are chosen from a list
     "placement.policy=best": 'placement.policy: "best" is not known; '
     "write one of contiguous, round_robin, random, modality_bins, eplb_hierarchical, eplb_global, file",
+    "write one of contiguous, round_robin, random, modality_bins, file, token_migration",
     "trace.kind=~": "trace.kind: null is not known; write one of file, uniform, zipf, published",
     "transmission.mode=fast": 'transmission.mode: "fast" is not known; write sync, async or two_batch',
     "transmission.dedup=off": "transmission.dedup: false is not known; write none, device or node",

@@ -115,6 +115,7 @@ def test_policies_are_listed_by_kind() -> None:
         "eplb_global",
         "file",
     }
+    assert set(POLICIES) == {"contiguous", "round_robin", "random", "modality_bins", "file", "token_migration"}
     assert all(policy.kind == kind for kind, policy in POLICIES.items())
 
 

@@ -10,6 +10,7 @@ from epsim.placement.objective import FitTokens, TransferObjective
 from epsim.placement.placement import Placement
 from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin
 from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
+from epsim.placement.token_migration import TokenMigration
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
     policy.kind: policy
@@ -24,6 +25,7 @@ POLICIES: dict[str, type[PlacementPolicy]] = {
         EplbGlobal,
         FromFile,
     )
+    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile, TokenMigration)
 }
 
 __all__ = [

@@ -125,6 +125,14 @@ class EplbGlobalSpec(StrictModel):
 
     policy: Literal["eplb_global"]
     redundant_experts: NonNegativeInt = 0
+class TokenMigrationSpec(StrictModel):
+    """Experts of consecutive layers together, for tokens that stay where their first expert was (`epsim.migration`)."""
+
+    policy: Literal["token_migration"]
+    method: Literal["sweep", "ilp"] = "sweep"
+    starts: Annotated[int, Field(gt=0, le=1000)] = 2
+    seed: Seed = 0
+    max_tokens: PositiveInt = 5_000
 
 
 class PlacementFileSpec(StrictModel):
@@ -144,6 +152,7 @@ PlacementSpec = Annotated[
     | EplbHierarchicalSpec
     | EplbGlobalSpec
     | PlacementFileSpec,
+    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec | TokenMigrationSpec,
     Field(discriminator="policy"),
 ]
 
