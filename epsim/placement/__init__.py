@@ -1,5 +1,6 @@
 """Expert placements: `Placement`, the policies in `POLICIES` that make one, and the homes of tokens."""
 
+from epsim.placement.exact import Exact
 from epsim.placement.from_file import FromFile
 from epsim.placement.homes import HomePlan, Homes, balanced, by_modality, expected_by_modality
 from epsim.placement.objective import FitTokens, TransferObjective
@@ -8,7 +9,7 @@ from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobi
 from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
-    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile)
+    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, Exact, FromFile)
 }
 
 __all__ = [

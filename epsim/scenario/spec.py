@@ -91,6 +91,14 @@ class ModalityBinsSpec(StrictModel):
     num_bins: PositiveInt | None = None
 
 
+class ExactSpec(StrictModel):
+    """The placement of least expected transfer, proved, for small cases; `time_limit` is per layer."""
+
+    policy: Literal["exact"]
+    time_limit: Time = 60.0
+    max_tokens: PositiveInt = 8192
+
+
 class PlacementFileSpec(StrictModel):
     """A JSON file {"physical_to_logical_map": [layers][slots]}."""
 
@@ -99,7 +107,7 @@ class PlacementFileSpec(StrictModel):
 
 
 PlacementSpec = Annotated[
-    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec,
+    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | ExactSpec | PlacementFileSpec,
     Field(discriminator="policy"),
 ]
 

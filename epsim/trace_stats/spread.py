@@ -57,6 +57,7 @@ class Spread:
             num_experts=source.meta.num_experts,
             node_of_device_R=np.zeros(self.num_devices, np.int32),
             expert_load_MLE=load_MLE,
+            trace=source,
         )
         placement = self.policy.place(problem)
         homes = balanced(self.num_devices) if self.homes == "balanced" else by_modality(placement, load_MLE)
