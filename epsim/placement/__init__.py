@@ -7,9 +7,10 @@ from epsim.placement.objective import FitTokens, TransferObjective
 from epsim.placement.placement import Placement
 from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin
 from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
+from epsim.placement.replicated import Replicated
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
-    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, Exact, FromFile)
+    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, Exact, Replicated, FromFile)
 }
 
 __all__ = [

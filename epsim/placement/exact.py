@@ -33,7 +33,7 @@ class Exact:
 
     kind: ClassVar[str] = "exact"
 
-    def __init__(self, *, time_limit: float = 60.0, max_tokens: int | None = 8192) -> None:
+    def __init__(self, *, time_limit: float = 60.0, max_tokens: int = 8192) -> None:
         self.time_limit = time_limit
         self.max_tokens = max_tokens
 

@@ -85,10 +85,23 @@ class RandomSpec(StrictModel):
 
 
 class ModalityBinsSpec(StrictModel):
-    """SMoES binning: experts sorted by text bias, cut into `num_bins` (default: one per device), put on devices."""
+    """SMoES binning: experts sorted by text bias, cut into `num_bins` (default: one per device), put on devices.
+
+    With `momentum`, the bias is of moving averages over batches of `batch_requests` requests (default: 1).
+    """
 
     policy: Literal["modality_bins"]
     num_bins: PositiveInt | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    batch_requests: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _batches_are_of_momentum(self) -> Self:
+        if self.batch_requests is not None and self.momentum is None:
+            raise ValueError(
+                f"batch_requests {self.batch_requests} has no meaning without momentum; write momentum, e.g. 0.99"
+            )
+        return self
 
 
 class ExactSpec(StrictModel):
@@ -96,6 +109,15 @@ class ExactSpec(StrictModel):
 
     policy: Literal["exact"]
     time_limit: Time = 60.0
+    max_tokens: PositiveInt = 8192
+
+
+class ReplicatedSpec(StrictModel):
+    """A base placement, and copies of experts in `spare_slots` per device and layer, by the transfer that they save."""
+
+    policy: Literal["replicated"]
+    base: Literal["contiguous", "round_robin", "modality_bins"] = "modality_bins"
+    spare_slots: PositiveInt = 1
     max_tokens: PositiveInt = 8192
 
 
@@ -107,7 +129,7 @@ class PlacementFileSpec(StrictModel):
 
 
 PlacementSpec = Annotated[
-    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | ExactSpec | PlacementFileSpec,
+    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | ExactSpec | ReplicatedSpec | PlacementFileSpec,
     Field(discriminator="policy"),
 ]
 

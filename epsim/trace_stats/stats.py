@@ -18,7 +18,7 @@ from epsim.trace_stats.layers import KINDS, by_kind, by_phase, layer_measures, l
 from epsim.trace_stats.spread import Served, Spread, serve
 
 DEFAULT_BINS = 8  # SMoES figure 6
-_FITTED = "modality_bins"
+_FITTED = ("modality_bins", "exact", "replicated")
 
 
 def trace_stats(source: TraceSource, spread: Spread | None = None, *, num_bins: int | None = None) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _parameters(spread: Spread, placement: Placement, homes: HomePlan, num_bins:
     return {
         "num_devices": spread.num_devices,
         "placement": spread.placement,
-        "placement_fitted_to_this_trace": placement.policy == _FITTED,
+        "placement_fitted_to_this_trace": placement.policy in _FITTED,
         "homes": spread.homes,
         "homes_fitted_to_this_trace": spread.homes == "by_modality",
         "prefill_devices": homes.prefill_devices.tolist(),
