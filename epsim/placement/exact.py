@@ -17,7 +17,7 @@ from epsim.placement.problem import PlacementProblem
 
 MAX_VARIABLES = 10_000
 _TIME_LIMIT = 1  # status of scipy.optimize.milp
-_HINT = "use placement.policy: coactivation, which proves nothing"
+_HINT = "use placement.policy: coactivation, which searches without a proof"
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -64,10 +64,11 @@ class Exact:
             options={"time_limit": self.time_limit, "mip_rel_gap": 0.0},
         )
         if answer.status == _TIME_LIMIT:
-            found = "no placement" if answer.x is None else f"a placement at most {100 * answer.mip_gap:.2g} % dearer"
+            left = "" if answer.x is None else f", of which at most {100 * answer.mip_gap:.2g} % could be saved"
+            found = f"{'no' if answer.x is None else 'a'} placement{left}"
             raise PlacementError(
-                f"placement.time_limit: {self.time_limit:g} s ended before the optimum of layer {layer} was proved, "
-                f"with {found}; write more, or {_HINT}"
+                f"placement.time_limit: {self.time_limit:g} s ended with {found}, before the optimum of layer "
+                f"{layer} was proved; write more, or {_HINT}"
             )
         if not answer.success:
             raise PlacementError(f"placement.policy: exact failed in layer {layer}: {answer.message}; {_HINT}")
