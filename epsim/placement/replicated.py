@@ -32,8 +32,8 @@ class Replicated:
     copies before it and `Placement`'s rule of which replica a source takes; of equal ones the expert that is chosen
     more often, then the lower expert, then the lower device. A copy can raise the cost: sources on a third device may
     take it instead of one that shares its device with other experts of a token. Slots are filled all the same, as
-    engines need them, so the cost is above that of the base where no harmless copy was left. On 2 devices that cannot
-    be: there a copy changes only where its own device sends tokens, and no cost there is above that of going away.
+    engines need them, so where every copy left for a device is a loss the cost can end above that of the base. On 2
+    devices none is: there a copy changes only where its own device sends tokens, to itself, which costs nothing.
 
     Raises PlacementError where tokens live on other devices than the experts, so that no replica is a source's own.
     """
