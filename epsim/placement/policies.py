@@ -13,7 +13,6 @@ from epsim.errors import PlacementError
 from epsim.placement.placement import Placement
 from epsim.placement.problem import PlacementProblem
 from epsim.trace import TraceSource
-from epsim.trace.statistics import add_load, no_load
 
 
 class Contiguous:
@@ -100,13 +99,15 @@ def moving_load(trace: TraceSource, *, momentum: float, batch_requests: int) -> 
     ids_Q = trace.requests.request_id_Q
     num_batches = -(-len(ids_Q) // batch_requests)
     weight_B = (1 - momentum) * momentum ** np.arange(num_batches - 1, -1, -1.0)
-    load_MLE = np.zeros((2, trace.meta.num_layers, trace.meta.num_experts))
-    for batch in trace.batches():
-        batch_T = np.searchsorted(ids_Q, batch.request_id_T) // batch_requests
-        for b in np.unique(batch_T):
-            load_PMLE = no_load(trace.meta)
-            add_load(batch.take(np.flatnonzero(batch_T == b)), load_PMLE)
-            load_MLE += weight_B[b] * load_PMLE.sum(axis=0)
+    num_experts, topk = trace.meta.num_experts, trace.meta.topk
+    load_MLE = np.zeros((2, trace.meta.num_layers, num_experts))
+    for rows in trace.batches():
+        weight_T = weight_B[np.searchsorted(ids_Q, rows.request_id_T) // batch_requests]
+        first_T = rows.modality_T.astype(np.int64) * num_experts
+        for layer in range(trace.meta.num_layers):
+            pairs_TK = first_T[:, None] + rows.topk_expert_ids_TLK[:, layer]
+            load_X = np.bincount(pairs_TK.reshape(-1), np.repeat(weight_T, topk), 2 * num_experts)
+            load_MLE[:, layer] += load_X.reshape(2, num_experts)
     return load_MLE
 
 
