@@ -1,11 +1,11 @@
 """`TokenMinorant`: what tokens cost at least, as a linear function of who shares a bin with whom.
 
-Let Y[i, j] be 1 where items i and j share a bin, else 0. A token with the items t touches x = sum over i in t of 1 / s_i
-bins, where s_i = sum over j in t of Y[i, j] says how many items of the token are in i's bin. A chord of 1 / s between
-two whole numbers that follow each other is above none of the values that s can take, so the sum of such chords, linear
-in Y, is never above x. Nor is a chord of the least x that keeps so many pairs apart (`most_cut`): the bound of Donath
-and Hoffman uses that one alone. At a point Z the higher of the two is taken, and likewise a chord of a convex rising
-price of x. Letters: T tokens, K top-k, I items, V views, F phase (prefill, decode), X bins touched.
+Let Y[i, j] be 1 where items i and j share a bin, else 0. A token with the items t touches x bins, x = sum over i in t
+of 1 / s_i, where s_i = sum over j in t of Y[i, j] says how many items of the token are in i's bin. A chord of 1 / s
+between two whole numbers that follow each other is above none of the values that s can take, so the sum of such
+chords, linear in Y, is never above x. Nor is a chord of the least x that keeps so many pairs apart (`most_cut`), which
+is all that the bound of Donath and Hoffman uses. At a point Z the higher of the two is taken, and likewise a chord of
+a convex rising price of x. Letters: T tokens, K top-k, I items, V views, F phase (prefill, decode), X bins touched.
 """
 
 from dataclasses import dataclass
