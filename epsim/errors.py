@@ -29,6 +29,10 @@ class TraceError(InputError):
     """A routing trace is damaged, foreign, inconsistent, or lacks what was asked of it."""
 
 
+class FormatError(InputError):
+    """A file of another system is not what its format says, or does not say what is needed of it."""
+
+
 class CapacityError(InputError):
     """The deployment does not fit into the memory of a device."""
 

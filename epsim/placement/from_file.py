@@ -1,12 +1,13 @@
-"""`FromFile`: a placement that someone else decided, read from SGLang's JSON form."""
+"""`FromFile`: a placement that someone else decided, read from epsim's own placement file or SGLang's JSON form."""
 
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from epsim.errors import PlacementError
+from epsim.placement.file import is_placement_file, parse_placement_file
 from epsim.placement.placement import Placement
 from epsim.placement.problem import PlacementProblem
 
@@ -14,7 +15,7 @@ _FORM = 'a JSON object {"physical_to_logical_map": [layers][slots]} of expert id
 
 
 class FromFile:
-    """Reads `{"physical_to_logical_map": [L][P]}`, the form of SGLang's `--init-expert-location`.
+    """Reads an epsim placement file, or `{"physical_to_logical_map": [L][P]}` (SGLang's `--init-expert-location`).
 
     P may exceed the number of experts (redundant experts; -1 is an empty slot) and must divide over the devices.
     """
@@ -25,24 +26,49 @@ class FromFile:
         self.path = path
 
     def place(self, problem: PlacementProblem) -> Placement:
-        rows = self._read()
-        if len(rows) != problem.num_layers:
-            raise PlacementError(
-                f"placement.path: {self.path} has {len(rows)} layers, the trace {problem.num_layers}; "
-                "write one row per MoE layer"
-            )
+        content = self._read()
+        if is_placement_file(content):
+            return self._place_own(content, problem)
+        rows = self._rows(content)
+        self._check_layers(len(rows), problem)
         lengths = {len(row) for row in rows}
         if len(lengths) != 1:
             raise PlacementError(f"placement.path: rows of {self.path} differ in length; each layer needs all slots")
         return problem.placement(self.kind, np.array(rows, dtype=np.int32))
 
-    def _read(self) -> list[list[int]]:
+    def _place_own(self, content: object, problem: PlacementProblem) -> Placement:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            placement = parse_placement_file(content)
+        except PlacementError as error:
+            raise PlacementError(f"placement.path: {self.path}: {error}") from error
+        self._check_layers(len(placement.layer_ids), problem)
+        for noun, found, needed in (
+            ("experts", placement.num_experts, problem.num_experts),
+            ("devices", placement.num_devices, problem.num_devices),
+        ):
+            if found != needed:
+                raise PlacementError(
+                    f"placement.path: {self.path} is for {found} {noun}, here are {needed}; "
+                    "name a placement that was made for them"
+                )
+        return problem.placement(self.kind, placement.physical_to_logical_LP)
+
+    def _check_layers(self, num_layers: int, problem: PlacementProblem) -> None:
+        if num_layers != problem.num_layers:
+            raise PlacementError(
+                f"placement.path: {self.path} has {num_layers} layers, the trace {problem.num_layers}; "
+                "write one row per MoE layer"
+            )
+
+    def _read(self) -> Any:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PlacementError(f"placement.path: cannot read {self.path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise PlacementError(f"placement.path: {self.path} is not JSON; write {_FORM}") from error
+
+    def _rows(self, content: object) -> list[list[int]]:
         rows = content.get("physical_to_logical_map") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):
             raise PlacementError(f"placement.path: {self.path} has another form; write {_FORM}")

@@ -112,7 +112,7 @@ class TokenMigrationSpec(StrictModel):
 
 
 class PlacementFileSpec(StrictModel):
-    """A JSON file {"physical_to_logical_map": [layers][slots]}."""
+    """A JSON file: epsim's own placement file, or {"physical_to_logical_map": [layers][slots]}."""
 
     policy: Literal["file"]
     path: Annotated[str, Field(min_length=1)]
