@@ -100,7 +100,8 @@ def stats(
     placement: Annotated[
         str,
         typer.Option(
-            metavar="POLICY|FILE", help="contiguous, round_robin, random, modality_bins (fitted to FILE), or JSON."
+            metavar="POLICY|FILE",
+            help="contiguous, round_robin, random; fitted to FILE: modality_bins, coactivation, ..; or JSON.",
         ),
     ] = "contiguous",
     homes: Annotated[str, typer.Option(metavar="POLICY", help="by_modality or balanced.")] = "by_modality",

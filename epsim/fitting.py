@@ -19,7 +19,8 @@ from epsim.placement import (
     balanced,
     expected_by_modality,
 )
-from epsim.scenario.spec import AfdSpec, PdSpec, PlacementSpec, ScenarioSpec
+from epsim.scenario.placement import PlacementSpec
+from epsim.scenario.spec import AfdSpec, PdSpec, ScenarioSpec
 from epsim.trace import TraceSource
 
 

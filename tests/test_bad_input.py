@@ -22,6 +22,8 @@ workload: {batch_sizes: [1]}
 """
 KNOWN = "cluster, description, homes, model, name, parallelism, placement, simulation, trace, transmission, workload"
 MODELS = "deepseekmoe, llama-3.2-3b, llava-1.5-7b, llava-next-34b, mixtral, moonlight, olmo-1b, olmoe, qwen3-moe"
+POLICIES = ["contiguous", "round_robin", "random", "modality_bins", "coactivation", "balanced_coactivation"]
+POLICIES += ["eplb_hierarchical", "eplb_global", "replicated", "token_migration", "exact", "file"]
 CLUSTERS = "a800-2x8, h100-2x8, h200-1x8, orin-2x-10gbe"
 Complaint = Callable[..., str]
 
@@ -155,8 +157,7 @@ VALUES = {
     "model=llava-1.5-7b": "model: LLaVA-1.5-7B has no MoE layers; write a model with experts, e.g. olmoe, "
     "or parallelism.kind: tp or dp",
     "placement=random": 'placement: "random" is not a mapping of fields; write e.g. {policy: random}',
-    "placement={}": "placement.policy: is missing; write one of contiguous, eplb_global, "
-    "eplb_hierarchical, file, modality_bins, random, round_robin",
+    "placement={}": f"placement.policy: is missing; write one of {', '.join(sorted(POLICIES))}",
     "placement=~": "placement: null is not a mapping of fields; write e.g. {policy: contiguous}",
     "transmission=async": 'transmission: "async" is not a mapping of fields; write e.g. {mode: ...}',
     "trace={kind: published, method: baseline}": "trace.benchmark: is missing; "
@@ -169,7 +170,7 @@ VALUES = {
     "known are kind, output_tokens, requests, seed, text_tokens, vision_tokens",
     # names that are chosen from a list
     "placement.policy=best": 'placement.policy: "best" is not known; '
-    "write one of contiguous, round_robin, random, modality_bins, eplb_hierarchical, eplb_global, file",
+    f"write one of {', '.join(POLICIES)}",
     "trace.kind=~": "trace.kind: null is not known; write one of file, uniform, zipf, published",
     "transmission.mode=fast": 'transmission.mode: "fast" is not known; write sync, async or two_batch',
     "transmission.dedup=off": "transmission.dedup: false is not known; write none, device or node",
@@ -282,7 +283,19 @@ VALUES = {
     "model.num_layers=1000000000": "model.num_layers: 1000000000 is above 1000; write 1000 or less",
     "model.moe.topk=99": "model.moe: topk 99 is more than num_experts 64; a token goes to topk different experts, "
     "write topk <= num_experts",
+    "placement={policy: modality_bins, momentum: 1}": "placement.momentum: 1 is not below 1; write a smaller number",
+    "placement={policy: modality_bins, batch_requests: 4}": "placement: batch_requests 4 has no meaning without "
+    "momentum; write momentum, e.g. 0.99",
+    "placement={policy: exact, time_limit: 60}": 'placement.time_limit: 60 is not a time; write e.g. "5 us"',
+    "placement={policy: replicated, base: random}": 'placement.base: "random" is not known; write contiguous, '
+    "round_robin, modality_bins, coactivation or balanced_coactivation",
+    "placement={policy: replicated, spare_slots: 0}": "placement.spare_slots: 0 is not above 0; write a larger number",
     # what one part says of another
+    "placement={policy: replicated, spare_slots: 33}": "placement.spare_slots: 33 is above 32, where every device has "
+    "all of the 64 experts; write 32 or less",
+    "placement.policy=replicated parallelism.kind=pd": "placement.policy: replicated needs tokens to live on the "
+    "devices that hold experts, and under parallelism.kind afd or pd they do not; write another policy, e.g. "
+    "coactivation",
     "placement={policy: modality_bins, num_bins: 3}": "placement.num_bins: 3 does not divide 64 experts; "
     "use a divisor, e.g. 2",
     "model.moe.num_experts=63": "placement: 63 experts do not divide over 2 devices; use a number of devices that "

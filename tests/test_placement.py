@@ -1,13 +1,15 @@
 """Placements and homes: each policy by hand, what holds for all of them, and one message per bad file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.fitted import make_trace
 from reference.tiny import make_placement
 from reference.traffic import slot_for
 
@@ -23,7 +25,10 @@ from epsim.placement import (
     by_modality,
 )
 from epsim.placement.from_file import FromFile
-from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin, text_bias
+from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin, moving_load, text_bias
+from epsim.scenario.placement import PlacementSpec
+from epsim.trace import RoutingTrace
+from epsim.trace.statistics import expert_load
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -86,6 +91,64 @@ def test_text_bias_by_hand() -> None:
     assert text_bias(load_MLE).tolist() == [[0.75, 0.0, 0.5, 0.5]]
 
 
+def momentum_trace() -> RoutingTrace:
+    """Expert 0: text in requests 3 and 5, vision in 9; expert 1: vision in 3, text in 5 and 9; rows in any order."""
+    rows = [(9, 0, 0), (3, 1, 0), (5, 1, 1), (9, 1, 1), (3, 0, 1), (5, 1, 0)]  # request, phase, expert
+    requests, phases, experts = ([row[i] for row in rows] for i in range(3))
+    return make_trace([[[e] for e in experts]], num_experts=2, phases=phases, requests=requests)
+
+
+def test_moving_load_by_hand() -> None:
+    # Momentum 1/4, batches of one request, 3, 5, 9: weights 3/4 x (1/16, 1/4, 1) = 3/64, 12/64, 48/64.
+    load_MLE = moving_load(momentum_trace(), momentum=0.25, batch_requests=1)
+    assert (load_MLE[:, 0] * 64).tolist() == [[3 + 12, 12 + 48], [48, 3]]
+    # Batches {3, 5} and {9}: 3/16, 12/16.
+    load_MLE = moving_load(momentum_trace(), momentum=0.25, batch_requests=2)
+    assert (load_MLE[:, 0] * 16).tolist() == [[3 + 3, 3 + 12], [12, 3]]
+    # Momentum 0 is the last batch alone; a batch of all requests has all.
+    assert moving_load(momentum_trace(), momentum=0, batch_requests=1)[:, 0].tolist() == [[0, 1], [1, 0]]
+    assert moving_load(momentum_trace(), momentum=0, batch_requests=7)[:, 0].tolist() == [[2, 2], [1, 1]]
+
+
+def test_momentum_follows_the_latest_requests() -> None:
+    # Plain counts: both 2 of text and 1 of vision, a tie. Of late expert 0 is vision's; of old it was text's.
+    trace = momentum_trace()
+    problem = replace(make_problem(1, 2, [0, 0], [[[2, 2]], [[1, 1]]]), trace=trace)
+    assert ModalityBins().place(problem).physical_to_logical_LP.tolist() == [[0, 1]]
+    assert ModalityBins(momentum=0.25).place(problem).physical_to_logical_LP.tolist() == [[0, 1]]
+    renamed = make_trace(
+        (1 - trace.topk_expert_ids_TLK).transpose(1, 0, 2).tolist(),
+        num_experts=2,
+        phases=trace.phase_T.tolist(),
+        requests=trace.request_id_T.tolist(),
+    )
+    placement = ModalityBins(momentum=0.25).place(replace(problem, trace=renamed))
+    assert placement.physical_to_logical_LP.tolist() == [[1, 0]]
+
+
+def test_momentum_needs_a_trace() -> None:
+    with pytest.raises(PlacementError) as error:
+        ModalityBins(momentum=0.5).place(make_problem(1, 2, [0, 0]))
+    assert one_line(error).startswith("placement.policy: modality_bins with momentum needs to know which experts each")
+
+
+@PROPERTY
+@given(seed=st.integers(0, 2**32 - 1), momentum=st.floats(0, 0.99), batch_requests=st.integers(1, 4))
+def test_moving_load_equals_the_recurrence(seed: int, momentum: float, batch_requests: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_tokens = int(rng.integers(1, 20))
+    requests, phases = rng.integers(0, 9, num_tokens).tolist(), rng.integers(0, 2, num_tokens).tolist()
+    ids = rng.integers(0, 3, (2, num_tokens, 1)).tolist()
+    trace = make_trace(ids, num_experts=3, phases=phases, requests=requests)
+    mean_MLE = np.zeros((2, 2, 3))
+    names = sorted(set(requests))
+    for batch in (names[i : i + batch_requests] for i in range(0, len(names), batch_requests)):
+        mean_MLE = momentum * mean_MLE + (1 - momentum) * expert_load(trace.select(batch))
+    np.testing.assert_allclose(
+        moving_load(trace, momentum=momentum, batch_requests=batch_requests), mean_MLE, atol=1e-12
+    )
+
+
 def test_modality_bins_sort_each_layer_by_itself() -> None:
     load_MLE = [[[1, 9], [9, 1]], [[9, 1], [1, 9]]]
     placement = ModalityBins().place(make_problem(2, 2, [0, 0], load_MLE))
@@ -106,15 +169,9 @@ def test_bins_must_divide_the_experts() -> None:
 
 
 def test_policies_are_listed_by_kind() -> None:
-    assert set(POLICIES) == {
-        "contiguous",
-        "round_robin",
-        "random",
-        "modality_bins",
-        "eplb_hierarchical",
-        "eplb_global",
-        "file",
-    }
+    assert list(POLICIES) == [
+        get_args(spec.model_fields["policy"].annotation)[0] for spec in get_args(get_args(PlacementSpec)[0])
+    ]
     assert all(policy.kind == kind for kind, policy in POLICIES.items())
 
 

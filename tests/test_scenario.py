@@ -188,7 +188,11 @@ def test_the_last_set_wins_and_presets_are_not_changed(minimal: Path) -> None:
     [
         ("placement", ["placement.policy=contiguous"], {"policy": "contiguous"}),
         ("placement", ["placement.policy=random"], {"policy": "random", "seed": 0}),
-        ("placement", ["placement.policy=modality_bins"], {"policy": "modality_bins", "num_bins": 4}),
+        (
+            "placement",
+            ["placement.policy=modality_bins"],
+            {"policy": "modality_bins", "num_bins": 4, "momentum": None, "batch_requests": None},
+        ),
         ("placement", ["placement.policy=random", "placement.seed=3"], {"policy": "random", "seed": 3}),
         ("trace", ["trace.kind=file", "trace.path=t"], {"kind": "file", "path": "t"}),
     ],

@@ -393,7 +393,7 @@ def test_text_alone_prints_dashes(command: Callable[..., Any]) -> None:
         (
             ("--placement", "best"),
             "epsim: placement: 'best' is neither a policy nor a file; write contiguous, round_robin, random, "
-            "modality_bins, or the path of a JSON file\n",
+            "modality_bins, coactivation, balanced_coactivation, replicated, or the path of a JSON file\n",
         ),
     ],
 )

@@ -3,14 +3,12 @@
 Letters: F phase (prefill, decode), S sources, L MoE layers, E experts, R devices, B bins (devices or nodes), X touched.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import numpy.typing as npt
 
+from epsim.placement.minorant import View
 from epsim.placement.objective import FitTokens, TransferObjective
-from epsim.placement.partition_bound import Bins, View, partition_bound
+from epsim.placement.partition_bound import Bins, partition_bound
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,8 +36,7 @@ def transfer_bound_L(
             for part in parts
         )
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return np.array(list(pool.map(bound, tokens.ids_LTK))) / max(1, tokens.num_tokens)
+    return np.array([bound(ids_TK) for ids_TK in tokens.ids_LTK]) / max(1, tokens.num_tokens)
 
 
 def max_load_bound_L(load_LE: npt.NDArray[np.integer], num_devices: int, slots_per_device: int) -> Floats:

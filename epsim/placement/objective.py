@@ -6,7 +6,7 @@ expected cost is a sum over the devices and the nodes that it touches. Letters: 
 R devices, N nodes, L MoE layers, T tokens, K top-k, E experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -14,7 +14,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from epsim.trace import Phase, TraceSource
+from epsim.trace import Phase, RoutingTrace, TraceSource
+from epsim.trace.meta import ExpertIds
 
 Floats = npt.NDArray[np.float64]
 
@@ -149,8 +150,16 @@ class FitTokens:
     modality_T: npt.NDArray[np.uint8]
 
     @classmethod
-    def of(cls, trace: TraceSource, max_tokens: int | None = None) -> Self:
-        """Return the tokens of a trace, or `max_tokens` of them, evenly spaced over its rows."""
+    def of(
+        cls,
+        trace: TraceSource,
+        max_tokens: int | None = None,
+        ids_of: Callable[[RoutingTrace], ExpertIds] = lambda rows: rows.topk_expert_ids_TLK,
+    ) -> Self:
+        """Return the tokens of a trace, or `max_tokens` of them, evenly spaced over its rows.
+
+        ids_of: their expert ids [T, L, K], where the order of a token's experts matters.
+        """
         num_rows = trace.num_tokens
         num_tokens = num_rows if max_tokens is None else min(num_rows, max_tokens)
         meta = trace.meta
@@ -161,7 +170,7 @@ class FitTokens:
         for batch in trace.batches():
             here = slice(*np.searchsorted(rows, (first, first + batch.num_tokens)))
             own = rows[here] - first
-            ids_LTK[:, here] = batch.topk_expert_ids_TLK[own].transpose(1, 0, 2)
+            ids_LTK[:, here] = ids_of(batch)[own].transpose(1, 0, 2)
             phase_T[here], modality_T[here] = batch.phase_T[own], batch.modality_T[own]
             first += batch.num_tokens
         return cls(ids_LTK=ids_LTK, phase_T=phase_T, modality_T=modality_T)

@@ -1,45 +1,25 @@
 """`PartitionBound`: a number that the cost of no partition of items into bins is below (docs/bounds.md has the proof).
 
-Let Y[i, j] be 1 where items i and j share a bin, else 0. A token with items t touches x = sum over i in t of 1 / s_i
-bins, s_i = sum over j in t of Y[i, j] being how many items of the token are in i's bin; a chord of 1 / s between two
-whole numbers that follow each other is above none of the values that s can take. And x bins keep at most so many pairs
-apart (`most_cut`). So at any Z each token has a linear minorant of x in Y, the higher of two there, and of any convex
-rising cost of x. Their sum <W, Y> + b is bounded over a convex set that holds all Y of partitions: 0 <= Y <= 1,
-diagonal 1, and, from the bins' sizes, a spectrum. For any L,
+Let Y[i, j] be 1 where items i and j share a bin, else 0. Every token has a linear minorant of its cost in Y
+(`epsim.placement.minorant`). Their sum <W, Y> + b is bounded over a convex set that holds the Y of all partitions:
+0 <= Y <= 1, diagonal 1, and, from the bins' sizes, a spectrum. For any L,
 
     cost >= b + min over the box of <W + L, Y> + min over the spectral set of <-L, Y>,
 
-whose two minima are sums of negative entries, and of eigenvalues. Terminals, items that stand for the bins themselves,
-say where a token lives. A primal-dual iteration looks for good Z and L;
-whatever it finds, the bound holds. Letters: T tokens, K top-k, I items (experts, then terminals), B bins, V views.
+whose two minima are sums of the least entries, and of eigenvalues. Terminals, items that stand for bins, say where a
+token lives. A primal-dual iteration looks for a good point for the minorants and a good L; whatever it finds, the bound
+holds. Letters: T tokens, I items (experts, then terminals).
 """
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from epsim.placement.minorant import TokenMinorant, View
+
 Floats = npt.NDArray[np.float64]
 _PRIMAL_STEP, _DUAL_STEP = 0.9, 0.3  # over and times the largest weight; their product must be below 1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class View:
-    """What tokens pay in one role, e.g. as tokens that live on one device.
-
-    weight_F: by which share tokens of a phase have this role. terminal: an item that each of them has beside its own,
-    or -1. price_X: what touching x = 0, 1, .. bins costs at least; rising, and convex.
-    """
-
-    weight_F: Floats
-    terminal: int
-    price_X: Floats
-
-    def __post_init__(self) -> None:
-        steps_X = np.diff(self.price_X)
-        if (steps_X < 0).any() or (np.diff(steps_X) < -1e-12).any():
-            raise ValueError("price_X must rise and be convex")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,57 +55,25 @@ def partition_bound(
     num_iterations: of the search for a good bound, on at most max_tokens tokens; more make it tighter, never wrong.
     """
     stride = -(-len(ids_TK) // max_tokens) or 1
-    some = _Tokens(ids_TK[::stride], phase_T[::stride], views)
+    some = TokenMinorant(ids_TK[::stride], phase_T[::stride], views)
     at_II, dual_II = _search(some, bins, num_iterations)
-    everything = some if stride == 1 else _Tokens(ids_TK, phase_T, views)
+    everything = some if stride == 1 else TokenMinorant(ids_TK, phase_T, views)
     grows = len(everything.phase_T) / max(1, len(some.phase_T))
-    weight_II, constant, _ = everything.minorant(at_II)
+    weight_II, constant, _ = everything.at(at_II)
     found = _dual_value(weight_II, constant, grows * dual_II, bins)
-    return max(found, everything.least(bins))
+    return max(found, everything.least(bins.size))
 
 
-class _Tokens:
-    """The tokens of a partition, as the compiled minorant takes them."""
-
-    def __init__(self, ids_TK: npt.NDArray[np.integer], phase_T: npt.NDArray[np.uint8], views: list[View]) -> None:
-        self.ids_TK = np.ascontiguousarray(ids_TK, np.int32)
-        self.phase_T = phase_T
-        self._views = views
-        self._weight_VF = np.stack([view.weight_F for view in views])
-        self._terminal_V = np.array([view.terminal for view in views])
-        self._price_VX = np.stack([view.price_X for view in views])
-        most = ids_TK.shape[1] + 2
-        self._cut_NX = np.zeros((most, most))
-        for size in range(1, most):
-            self._cut_NX[size, :size] = most_cut(size)
-
-    def minorant(self, at_II: Floats) -> tuple[Floats, float, float]:
-        """Return W and b, <W, Y> + b being at most the cost of every partition Y, and its value at `at_II`."""
-        weight_II, constant, value = _minorant(
-            self.ids_TK, self.phase_T, self._weight_VF, self._terminal_V, self._price_VX, self._cut_NX, at_II
-        )
-        return weight_II, float(constant), float(value)
-
-    def least(self, bins: Bins) -> float:
-        """Return what the tokens cost if each touched as few bins as the sizes allow."""
-        topk, counts_F = self.ids_TK.shape[1], np.bincount(self.phase_T, minlength=2)
-        total = 0.0
-        for view in self._views:
-            num_bins = -(-(topk + (view.terminal >= 0)) // bins.size)
-            total += float(view.weight_F @ counts_F) * float(view.price_X[min(num_bins, len(view.price_X) - 1)])
-        return total
-
-
-def _search(tokens: _Tokens, bins: Bins, num_iterations: int) -> tuple[Floats, Floats]:
+def _search(tokens: TokenMinorant, bins: Bins, num_iterations: int) -> tuple[Floats, Floats]:
     """Return the point of the minorant and the dual with the best bound found (Chambolle and Pock 2011)."""
     at_II = np.full((bins.num_items, bins.num_items), (bins.size - 1) / max(1, bins.num_items - 1))
     _into_box(at_II, bins)
     dual_II = np.zeros_like(at_II)
     best = (-np.inf, at_II, dual_II)
-    scale = max(1e-9, float(np.abs(tokens.minorant(at_II)[0]).max()))
+    scale = max(1e-9, float(np.abs(tokens.at(at_II)[0]).max()))
     step = _DUAL_STEP * scale
     for iteration in range(num_iterations):
-        weight_II, constant, _ = tokens.minorant(at_II)
+        weight_II, constant, _ = tokens.at(at_II)
         if iteration % 5 == 4 or iteration == 0:
             value = _dual_value(weight_II, constant, dual_II, bins)
             if value > best[0]:
@@ -226,80 +174,3 @@ def _clip_to_sum(values_I: Floats, most: float, total: float) -> Floats:
         else:
             high = middle
     return np.clip(values_I - low, 0.0, most)
-
-
-def most_cut(num_items: int) -> Floats:
-    """Return how many pairs of `num_items` are apart at most when they touch 1, 2, .., num_items bins.
-
-    >>> most_cut(6).tolist()
-    [0.0, 9.0, 12.0, 13.0, 14.0, 15.0]
-    """
-    sizes = [np.bincount(np.arange(num_items) % x) for x in range(1, num_items + 1)]
-    return np.array([(num_items**2 - float((size**2).sum())) / 2 for size in sizes])
-
-
-@numba.njit(cache=True, nogil=True)
-def _minorant(ids_TK, phase_T, weight_VF, terminal_V, price_VX, cut_NX, at_II):  # type: ignore[no-untyped-def]
-    """Return W, b and the value at `at_II`; cut_NX[n, x - 1]: pairs of n items that are apart at most on x bins."""
-    num_tokens, topk = ids_TK.shape
-    weight_II = np.zeros_like(at_II)
-    constant, value = 0.0, 0.0
-    items = np.empty(topk + 1, np.int64)
-    slope = np.empty(topk + 1)
-    for t in range(num_tokens):
-        for v in range(len(terminal_V)):
-            share = weight_VF[v, phase_T[t]]
-            if share == 0.0:
-                continue
-            size = topk
-            items[:topk] = ids_TK[t]
-            if terminal_V[v] >= 0:
-                items[topk] = terminal_V[v]
-                size += 1
-            touched = _by_sizes(items[:size], at_II, slope)
-            by_cut, per_pair = _by_cut(items[:size], at_II, cut_NX[size])
-            if by_cut > touched:
-                touched = by_cut
-                slope[:size] = -per_pair / 2.0  # each pair is in the sums of two items
-            low = min(max(int(touched), 1), price_VX.shape[1] - 2)  # every token touches a bin
-            step = price_VX[v, low + 1] - price_VX[v, low]
-            paid = share * (price_VX[v, low] + step * (touched - low))
-            value += paid
-            constant += paid
-            for i in range(size):
-                for j in range(size):
-                    part = share * step * slope[i] / 2.0
-                    weight_II[items[i], items[j]] += part
-                    weight_II[items[j], items[i]] += part
-                    constant -= 2.0 * part * at_II[items[i], items[j]]
-    return weight_II, constant, value
-
-
-@numba.njit(cache=True, nogil=True)
-def _by_sizes(items, at_II, slope):  # type: ignore[no-untyped-def]
-    """Return the sum of the chords of 1 / s from floor(s) to floor(s) + 1, and put the slopes, -1 / (s (s + 1))."""
-    size, touched = len(items), 0.0
-    for i in range(size):
-        together = 0.0
-        for j in range(size):
-            together += at_II[items[i], items[j]]
-        whole = min(max(int(together), 1), max(size - 1, 1))
-        slope[i] = -1.0 / (whole * (whole + 1.0))
-        touched += 1.0 / whole + slope[i] * (together - whole)
-    return touched
-
-
-@numba.njit(cache=True, nogil=True)
-def _by_cut(items, at_II, cut_X):  # type: ignore[no-untyped-def]
-    """Return the bins that so many pairs apart need, between whole numbers of bins by a chord, and its slope."""
-    size, cut = len(items), 0.0
-    if size == 1:
-        return 1.0, 0.0
-    for i in range(size):
-        for j in range(i):
-            cut += 1.0 - at_II[items[i], items[j]]
-    low = 0
-    while low < size - 2 and cut > cut_X[low + 1]:
-        low += 1
-    per_pair = 1.0 / (cut_X[low + 1] - cut_X[low])
-    return low + 1.0 + per_pair * (cut - cut_X[low]), per_pair

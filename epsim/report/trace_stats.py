@@ -63,9 +63,10 @@ def notes(stats: Stats) -> Iterator[str]:
 
 def _fitted_notes(parameters: Stats, has_both: bool) -> Iterator[str]:
     if parameters["placement_fitted_to_this_trace"]:
+        name = parameters["placement"]
         yield (
-            "In sample: placement modality_bins is fitted to this very trace; expect more to cross elsewhere."
-            if has_both
+            f"In sample: placement {name} is fitted to this very trace; expect more to cross elsewhere."
+            if has_both or name != "modality_bins"
             else "With one modality, placement modality_bins has nothing to go by but which experts were never chosen."
         )
     if parameters["homes_fitted_to_this_trace"] and parameters["num_devices"] > 1:

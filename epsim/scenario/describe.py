@@ -187,7 +187,8 @@ def _tags(node: Mapping[str, Any]) -> list[str]:
 def _mapping_example(node: Mapping[str, Any], value: object) -> str:
     """Return a short mapping that fits the schema at a place, or nothing."""
     if tags := _tags(node):
-        return f"{{{node['discriminator']['propertyName']}: {value if value in tags else tags[0]}}}"
+        name = node["discriminator"]["propertyName"]
+        return f"{{{name}: {value if value in tags else node.get('default', {}).get(name, tags[0])}}}"
     fields = node.get("required") or list(node.get("properties", {}))
     return f"{{{fields[0]}: ...}}" if fields else ""
 

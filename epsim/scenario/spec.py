@@ -4,14 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from epsim.scenario.base import NonNegativeInt, PositiveInt, StrictModel, Time
+from epsim.scenario.base import NonNegativeInt, PositiveInt, Seed, StrictModel, Time
 from epsim.scenario.cluster import ClusterSpec
 from epsim.scenario.model import ModelSpec
+from epsim.scenario.placement import ContiguousSpec, PlacementSpec
 
 Benchmark = Literal["MMMU", "SQA-IMG", "POPE", "GQA", "TextVQA"]
 Method = Literal["baseline", "attention-soft", "gaussian-soft"]
 Dtype = Literal["bf16", "fp8", "fp32"]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class FileTraceSpec(StrictModel):
@@ -63,89 +63,6 @@ class PublishedTraceSpec(_SyntheticTraceSpec):
 
 SyntheticTraceSpec = UniformTraceSpec | ZipfTraceSpec | PublishedTraceSpec
 TraceSpec = Annotated[FileTraceSpec | SyntheticTraceSpec, Field(discriminator="kind")]
-
-
-class ContiguousSpec(StrictModel):
-    """Experts in the order of their ids."""
-
-    policy: Literal["contiguous"] = "contiguous"
-
-
-class RoundRobinSpec(StrictModel):
-    """Expert e on device e mod R."""
-
-    policy: Literal["round_robin"]
-
-
-class RandomSpec(StrictModel):
-    """A random permutation per layer."""
-
-    policy: Literal["random"]
-    seed: Seed = 0
-
-
-class ModalityBinsSpec(StrictModel):
-    """SMoES binning: experts sorted by text bias, cut into `num_bins` (default: one per device), put on devices."""
-
-    policy: Literal["modality_bins"]
-    num_bins: PositiveInt | None = None
-
-
-class CoactivationSpec(StrictModel):
-    """Experts that tokens choose together on one device: few remote devices per token, equal experts per device.
-
-    `starts` assignments are searched from, by `rounds` swaps per expert each, on at most `search_tokens` tokens; the
-    best then goes on with all tokens.
-    """
-
-    policy: Literal["coactivation"]
-    starts: PositiveInt = 4
-    rounds: Annotated[float, Field(gt=0, le=1000)] = 8.0
-    search_tokens: PositiveInt = 16384
-    seed: Seed = 0
-
-
-class BalancedCoactivationSpec(CoactivationSpec):
-    """The same while no device serves more than `max_load` times the mean of its layer."""
-
-    policy: Literal["balanced_coactivation"]  # type: ignore[assignment]
-    max_load: Annotated[float, Field(ge=1, le=100)] = 1.1
-
-
-class EplbHierarchicalSpec(StrictModel):
-    """DeepSeek's EPLB: expert groups onto nodes, then redundant experts and devices in each node."""
-
-    policy: Literal["eplb_hierarchical"]
-    num_groups: PositiveInt
-    redundant_experts: NonNegativeInt = 0
-
-
-class EplbGlobalSpec(StrictModel):
-    """DeepSeek's EPLB without groups: redundant experts and devices over the whole cluster."""
-
-    policy: Literal["eplb_global"]
-    redundant_experts: NonNegativeInt = 0
-
-
-class PlacementFileSpec(StrictModel):
-    """A JSON file: epsim's own placement file, or {"physical_to_logical_map": [layers][slots]}."""
-
-    policy: Literal["file"]
-    path: Annotated[str, Field(min_length=1)]
-
-
-PlacementSpec = Annotated[
-    ContiguousSpec
-    | RoundRobinSpec
-    | RandomSpec
-    | ModalityBinsSpec
-    | CoactivationSpec
-    | BalancedCoactivationSpec
-    | EplbHierarchicalSpec
-    | EplbGlobalSpec
-    | PlacementFileSpec,
-    Field(discriminator="policy"),
-]
 
 
 class EpSpec(StrictModel):

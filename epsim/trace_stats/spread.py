@@ -14,13 +14,14 @@ from epsim.metrics import Phase as PhaseName
 from epsim.metrics import TransferCounts
 from epsim.placement import POLICIES, HomePlan, Placement, PlacementPolicy, PlacementProblem, balanced, by_modality
 from epsim.placement.from_file import FromFile
-from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin
+from epsim.placement.policies import Random
 from epsim.trace import Phase, TraceSource
 from epsim.traffic import TrafficCounter, count_remote
 
 Counts = npt.NDArray[np.int64]
 PHASES: dict[PhaseName, Phase] = {"prefill": Phase.PREFILL, "decode": Phase.DECODE}
-_NAMED = [policy.kind for policy in (Contiguous, RoundRobin, Random, ModalityBins)]  # none needs parameters
+FITTED = ("modality_bins", "coactivation", "balanced_coactivation", "replicated")
+_NAMED = ("contiguous", "round_robin", "random", *FITTED)  # none needs parameters, and none is slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Spread:
             num_experts=source.meta.num_experts,
             node_of_device_R=np.zeros(self.num_devices, np.int32),
             expert_load_MLE=load_MLE,
+            trace=source,
         )
         placement = self.policy.place(problem)
         homes = balanced(self.num_devices) if self.homes == "balanced" else by_modality(placement, load_MLE)

@@ -15,10 +15,9 @@ from epsim.trace import Modality, Phase, TraceSource
 from epsim.trace import specialization as spec
 from epsim.trace.routing_counts import NUM_SCORE_BINS, RoutingCounts, count_routing
 from epsim.trace_stats.layers import KINDS, by_kind, by_phase, layer_measures, layer_stats, number, one_sided_experts
-from epsim.trace_stats.spread import Served, Spread, serve
+from epsim.trace_stats.spread import FITTED, Served, Spread, serve
 
 DEFAULT_BINS = 8  # SMoES figure 6
-_FITTED = "modality_bins"
 
 
 def trace_stats(source: TraceSource, spread: Spread | None = None, *, num_bins: int | None = None) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _parameters(spread: Spread, placement: Placement, homes: HomePlan, num_bins:
     return {
         "num_devices": spread.num_devices,
         "placement": spread.placement,
-        "placement_fitted_to_this_trace": placement.policy == _FITTED,
+        "placement_fitted_to_this_trace": placement.policy in FITTED,
         "homes": spread.homes,
         "homes_fitted_to_this_trace": spread.homes == "by_modality",
         "prefill_devices": homes.prefill_devices.tolist(),
