@@ -12,10 +12,12 @@ from reference.lab import mixed_trace, write_question
 from rich.console import Console
 
 from epsim import cli
+from epsim.compare import parse_axes, with_settings
 from epsim.errors import InputError
 from epsim.placement import POLICIES
 from epsim.placement.file import read_placement_file
 from epsim.report.heat_map import CIVIDIS, heat_map, pair_maps
+from epsim.scenario import load_raw
 from epsim.study.placement import PlacementStudy, run_placement_study, traces_of
 from epsim.study.placement_document import BEGIN, END, write_placement_document
 
@@ -184,6 +186,17 @@ def test_an_interrupt_writes_nothing(
     assert exit_info.value.code == 130
     assert "no file was written" in capsys.readouterr().err
     assert not (folder / "p.json").exists()
+
+
+def test_a_grid_of_placements_takes_whole_sections(folder: Path) -> None:
+    raw = load_raw(folder / "small.yaml")
+    axes = parse_axes(["placement={policy: contiguous},{policy: random, seed: 3},{policy: file, path: mine.json}"])
+    chosen = [with_settings(raw, {"placement": value}).placement.model_dump() for value in axes["placement"]]
+    assert chosen == [
+        {"policy": "contiguous"},
+        {"policy": "random", "seed": 3},
+        {"policy": "file", "path": "mine.json"},
+    ]
 
 
 def drawn(num_devices: int, num_policies: int = 2) -> dict[str, Any]:
