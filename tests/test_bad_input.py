@@ -155,7 +155,8 @@ VALUES = {
     "model=llava-1.5-7b": "model: LLaVA-1.5-7B has no MoE layers; write a model with experts, e.g. olmoe, "
     "or parallelism.kind: tp or dp",
     "placement=random": 'placement: "random" is not a mapping of fields; write e.g. {policy: random}',
-    "placement={}": "placement.policy: is missing; write one of contiguous, file, modality_bins, random, round_robin",
+    "placement={}": "placement.policy: is missing; write one of contiguous, file, modality_bins, "
+    "predicted_time, random, round_robin",
     "placement=~": "placement: null is not a mapping of fields; write e.g. {policy: contiguous}",
     "transmission=async": 'transmission: "async" is not a mapping of fields; write e.g. {mode: ...}',
     "trace={kind: published, method: baseline}": "trace.benchmark: is missing; "
@@ -168,7 +169,7 @@ VALUES = {
     "known are kind, output_tokens, requests, seed, text_tokens, vision_tokens",
     # names that are chosen from a list
     "placement.policy=best": 'placement.policy: "best" is not known; '
-    "write one of contiguous, round_robin, random, modality_bins, file",
+    "write one of contiguous, round_robin, random, modality_bins, file, predicted_time",
     "trace.kind=~": "trace.kind: null is not known; write one of file, uniform, zipf, published",
     "transmission.mode=fast": 'transmission.mode: "fast" is not known; write sync, async or two_batch',
     "transmission.dedup=off": "transmission.dedup: false is not known; write none, device or node",

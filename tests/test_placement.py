@@ -106,7 +106,7 @@ def test_bins_must_divide_the_experts() -> None:
 
 
 def test_policies_are_listed_by_kind() -> None:
-    assert set(POLICIES) == {"contiguous", "round_robin", "random", "modality_bins", "file"}
+    assert set(POLICIES) == {"contiguous", "round_robin", "random", "modality_bins", "file", "predicted_time"}
     assert all(policy.kind == kind for kind, policy in POLICIES.items())
 
 

@@ -5,10 +5,11 @@ from epsim.placement.homes import HomePlan, Homes, balanced, by_modality, expect
 from epsim.placement.objective import FitTokens, TransferObjective
 from epsim.placement.placement import Placement
 from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin
+from epsim.placement.predicted_time import PredictedTime
 from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
-    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile)
+    policy.kind: policy for policy in (Contiguous, RoundRobin, Random, ModalityBins, FromFile, PredictedTime)
 }
 
 __all__ = [

@@ -98,8 +98,24 @@ class PlacementFileSpec(StrictModel):
     path: Annotated[str, Field(min_length=1)]
 
 
+SearchStart = Literal["contiguous", "modality_bins"]
+
+
+def _search_starts() -> list[SearchStart]:
+    return ["contiguous", "modality_bins"]
+
+
+class PredictedTimeSpec(StrictModel):
+    """A search on the simulator's time of each layer, from the best of the `start` policies."""
+
+    policy: Literal["predicted_time"]
+    max_evaluations: PositiveInt = 400
+    start: Annotated[list[SearchStart], Field(min_length=1)] = Field(default_factory=_search_starts)
+    seed: Seed = 0
+
+
 PlacementSpec = Annotated[
-    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec,
+    ContiguousSpec | RoundRobinSpec | RandomSpec | ModalityBinsSpec | PlacementFileSpec | PredictedTimeSpec,
     Field(discriminator="policy"),
 ]
 

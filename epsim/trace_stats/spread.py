@@ -15,12 +15,13 @@ from epsim.metrics import TransferCounts
 from epsim.placement import POLICIES, HomePlan, Placement, PlacementPolicy, PlacementProblem, balanced, by_modality
 from epsim.placement.from_file import FromFile
 from epsim.placement.policies import Random
+from epsim.placement.predicted_time import PredictedTime
 from epsim.trace import Phase, TraceSource
 from epsim.traffic import TrafficCounter, count_remote
 
 Counts = npt.NDArray[np.int64]
 PHASES: dict[PhaseName, Phase] = {"prefill": Phase.PREFILL, "decode": Phase.DECODE}
-_NAMED = [kind for kind in POLICIES if kind != FromFile.kind]
+_NAMED = [kind for kind in POLICIES if kind not in (FromFile.kind, PredictedTime.kind)]  # without a scenario, no times
 
 
 @dataclass(frozen=True, kw_only=True)
