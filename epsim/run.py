@@ -15,6 +15,7 @@ from epsim.cost.measured import measured_cost
 from epsim.cost.profile import wire_name
 from epsim.errors import TraceError
 from epsim.fitting import make_policy, placement_problem
+from epsim.layer_clock import AnalyticClock, layer_clock
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
 from epsim.parallelism import check_parallelism, group_size, lay_out
@@ -68,7 +69,7 @@ def assemble(spec: ScenarioSpec) -> Deployment:
     model, cluster = model_and_cluster(spec)
     trace, load_MLE = trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     _check_trace(trace, model, spec.workload)
-    problem = placement_problem(spec, cluster, trace, load_MLE)
+    problem = placement_problem(spec, cluster, trace, load_MLE, lambda: build_clock(spec, model, cluster, trace))
     layout = lay_out(spec, model, make_policy(spec.placement), problem)
     transmission = build_transmission(spec, model)
     return Deployment(
@@ -104,6 +105,12 @@ def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> Ste
     vector_bytes = transmission.message_format.combine_vector_bytes
     cost = build_cost(spec, card, cluster)
     return ReplicaPlanner(card, cluster, cost, group_size=size, vector_bytes=vector_bytes)
+
+
+def build_clock(spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource) -> AnalyticClock:
+    """Return the simulator's time of a layer of a scenario under expert parallelism, for policies that search by it."""
+    cost, transmission = build_cost(spec, model, cluster), build_transmission(spec, model)
+    return layer_clock(spec, model, cluster, trace, StepPlanner(model, cluster, cost, transmission))
 
 
 def build_cost(spec: ScenarioSpec, card: ModelCard, cluster: Cluster) -> Cost:
