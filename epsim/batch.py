@@ -90,7 +90,7 @@ def step_inputs(
     deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
 ) -> Iterator[StepInput]:
     """Yield the steps of one batch of requests: its prefill, then one decode step per further output token."""
-    run = _BatchRun(deployment, request_ids, max_output_tokens)
+    run = BatchRun(deployment, request_ids, max_output_tokens)
     for step in range(run.num_steps):
         yield run.input(step)
 
@@ -107,7 +107,7 @@ def step_tokens(
     deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
 ) -> Iterator[StepTokens]:
     """Yield the tokens of the same steps, for whoever runs them for real."""
-    run = _BatchRun(deployment, request_ids, max_output_tokens)
+    run = BatchRun(deployment, request_ids, max_output_tokens)
     for step in range(run.num_steps):
         yield run.tokens(step)
 
@@ -152,7 +152,7 @@ def run_steps(
     )
 
 
-class _BatchRun:
+class BatchRun:
     """A batch's rows of the trace and what follows from them for its steps."""
 
     def __init__(

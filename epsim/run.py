@@ -15,10 +15,12 @@ from epsim.cost.measured import measured_cost
 from epsim.cost.profile import wire_name
 from epsim.errors import TraceError
 from epsim.fitting import make_policy, placement_problem
+from epsim.layer_clock import AnalyticClock, layer_clock
 from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
 from epsim.parallelism import check_parallelism, group_size, lay_out
+from epsim.placement import PlacementProblem
 from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TransmissionSpec, WorkloadSpec
 from epsim.sim import ReplicaPlanner, StepPlanner, Transmission, check_closed_form
 from epsim.sim.slices import Slice, slices_of
@@ -79,7 +81,7 @@ def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, and layout of a scenario, and check that they fit together."""
     model, cluster = model_and_cluster(spec)
     trace, load_MLE = checked_trace(spec, model)
-    problem = placement_problem(spec, cluster, trace, load_MLE)
+    problem = build_problem(spec, model, cluster, trace, load_MLE)
     return deploy(spec, model, cluster, trace, lay_out(spec, model, make_policy(spec.placement), problem))
 
 
@@ -88,6 +90,13 @@ def checked_trace(spec: ScenarioSpec, model: ModelCard) -> tuple[TraceSource, np
     trace, load_MLE = trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     _check_trace(trace, model, spec.workload)
     return trace, load_MLE
+
+
+def build_problem(
+    spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource, load_MLE: npt.NDArray[np.int64]
+) -> PlacementProblem:
+    """Return what the policy of a scenario is fitted to: a trace, its loads, and the simulator's time of a layer."""
+    return placement_problem(spec, cluster, trace, load_MLE, lambda: build_clock(spec, model, cluster, trace))
 
 
 def deploy(spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource, layout: Layout) -> Deployment:
@@ -126,6 +135,12 @@ def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> Ste
     vector_bytes = transmission.message_format.combine_vector_bytes
     cost = build_cost(spec, card, cluster)
     return ReplicaPlanner(card, cluster, cost, group_size=size, vector_bytes=vector_bytes)
+
+
+def build_clock(spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource) -> AnalyticClock:
+    """Return the simulator's time of a layer of a scenario under expert parallelism, for policies that search by it."""
+    cost, transmission = build_cost(spec, model, cluster), build_transmission(spec, model)
+    return layer_clock(spec, model, cluster, trace, StepPlanner(model, cluster, cost, transmission))
 
 
 def build_cost(spec: ScenarioSpec, card: ModelCard, cluster: Cluster) -> Cost:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epsim.fitting import make_policy, placement_problem
+from epsim.fitting import make_policy
 from epsim.lab.crossing import Crossing, count_crossing
 from epsim.lab.question import Choice, Question
 from epsim.lab.split import Split
@@ -21,7 +21,7 @@ from epsim.metrics import balancedness
 from epsim.parallelism import lay_out
 from epsim.placement import FitTokens, PlacementProblem
 from epsim.placement.bounds import max_load_bound_L, transfer_bound_L
-from epsim.run import build_transmission, deploy, replay
+from epsim.run import build_problem, build_transmission, deploy, replay
 from epsim.scenario import ScenarioSpec
 from epsim.trace import RoutingTrace
 from epsim.trace.statistics import expert_load
@@ -107,7 +107,7 @@ def run_trial(
 
     advance: is called after each simulated step. with_bounds: also bound what any placement gives, which takes longer.
     """
-    problem = placement_problem(choice.spec, question.cluster, sample.fit.trace, sample.fit.load_MLE)
+    problem = build_problem(choice.spec, question.model, question.cluster, sample.fit.trace, sample.fit.load_MLE)
     policy = make_policy(choice.spec.placement)
     began_s = time.perf_counter()
     layout = lay_out(choice.spec, question.model, policy, problem)
@@ -133,7 +133,7 @@ def run_trial(
 
 def fit_to_all(question: Question, choice: Choice) -> Layout:
     """Return the layout that the policy makes of all requests of the trace."""
-    problem = placement_problem(choice.spec, question.cluster, question.trace, question.load_MLE)
+    problem = build_problem(choice.spec, question.model, question.cluster, question.trace, question.load_MLE)
     return lay_out(choice.spec, question.model, make_policy(choice.spec.placement), problem)
 
 
