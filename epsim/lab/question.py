@@ -15,12 +15,14 @@ from epsim.errors import InputError, ScenarioError
 from epsim.model import ModelCard
 from epsim.placement import POLICIES
 from epsim.placement.policies import Contiguous
-from epsim.run import checked_trace, model_and_cluster
+from epsim.run import model_and_cluster
 from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw, split_override
 from epsim.scenario.load import preset_names
+from epsim.scenario.spec import WorkloadSpec
 from epsim.scenario.yaml_text import parse_yaml
 from epsim.trace import TraceSource
 from epsim.trace.file import TraceFile
+from epsim.traces import checked_trace
 
 BATCH_SIZES = [1, 8]  # unless the scenario says some
 ALL = "all"
@@ -97,7 +99,7 @@ def ask(
             f'parallelism.kind: "{spec.parallelism.kind}" spreads experts another way; policies are compared under ep'
         )
     card, built = model_and_cluster(spec)
-    source, load_MLE = checked_trace(_of_one_request(spec), card)
+    source, load_MLE = checked_trace(spec.trace, card, _one_request(spec))
     return Question(
         raw=raw, spec=spec, model=card, cluster=built, trace=source, load_MLE=load_MLE, most_batches=most_batches
     )
@@ -121,10 +123,9 @@ def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: st
     return raw
 
 
-def _of_one_request(spec: ScenarioSpec) -> ScenarioSpec:
-    """Return the scenario with a workload that any trace has the requests for; batches are counted later."""
-    few = spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
-    return spec.model_copy(update={"workload": few})
+def _one_request(spec: ScenarioSpec) -> WorkloadSpec:
+    """Return a workload that any trace has the requests for; batches are counted later."""
+    return spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
 
 
 def parse_policy(text: str, question: Question) -> Choice:
