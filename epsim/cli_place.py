@@ -1,6 +1,5 @@
 """The command `epsim place`: parse, call, print."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,8 +53,6 @@ def place(
 
     epsim place traces/digits-soft.arrow --policy all --scenario scenarios/digits.yaml
     """
-    # Before NumPy is loaded: the threads of BLAS wait for each other longer than matrices of a layer's experts take.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from epsim.atomic import check_folder, check_outputs
     from epsim.lab.choice import check_metric
     from epsim.lab.experiment import Design, check_design
