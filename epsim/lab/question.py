@@ -14,6 +14,7 @@ from epsim.cluster import Cluster
 from epsim.errors import InputError, ScenarioError
 from epsim.model import ModelCard
 from epsim.placement import POLICIES
+from epsim.placement.exact import Exact
 from epsim.placement.policies import Contiguous
 from epsim.run import model_and_cluster
 from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw, split_override
@@ -193,6 +194,11 @@ def _every(question: Question, named: Sequence[str], left_out: dict[str, str]) -
     """Yield every policy with default parameters that is not named; note why one cannot be had without some."""
     for kind in POLICIES:
         if kind in named:
+            continue
+        if kind == Exact.kind:
+            left_out[kind] = (
+                "is for small cases, and may take a minute a layer to say that it cannot; ask for it by name"
+            )
             continue
         try:
             yield Choice(label=kind, spec=question.with_placement({"policy": kind}))

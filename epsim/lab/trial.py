@@ -20,7 +20,8 @@ from epsim.layout import Layout
 from epsim.metrics import balancedness
 from epsim.parallelism import lay_out
 from epsim.placement import FitTokens, PlacementProblem
-from epsim.placement.bounds import max_load_bound_L, transfer_bound_L
+from epsim.placement.bounds import gap, max_load_bound_L, transfer_bound_L
+from epsim.placement.predicted_time import PredictedTime
 from epsim.run import build_problem, build_transmission, deploy, replay
 from epsim.scenario import ScenarioSpec
 from epsim.trace import RoutingTrace
@@ -174,13 +175,19 @@ def _bounds(
         max_load = float(crossings[name].served_LR.max(axis=1).mean())
         assert cost is not None
         values[f"objective_bound_{name}"] = bound
-        values[f"objective_gap_{name}"] = _gap(cost, bound)
-        values[f"max_load_gap_{name}"] = _gap(max_load, sample.load_bound(problem, part, slots))
-    return values
+        values[f"objective_gap_{name}"] = gap(cost, bound)
+        values[f"max_load_gap_{name}"] = gap(max_load, sample.load_bound(problem, part, slots))
+    return {**values, **_time_bound(problem, layout)}
 
 
-def _gap(value: float, bound: float) -> float | None:
-    return value / bound - 1 if bound else None
+def _time_bound(problem: PlacementProblem, layout: Layout) -> Values:
+    """Return the closed form's time of all layers, its lower bound and the gap, for the policy that minimises it."""
+    if layout.placement.policy != PredictedTime.kind or problem.clock is None:
+        return {}
+    clock, device_LE = problem.clock(), layout.placement.device_of_expert_RLE[0]
+    seconds = sum(clock.seconds(layer, device_E) for layer, device_E in enumerate(device_LE))
+    bound_s = sum(clock.bound_seconds(layer) for layer in range(problem.num_layers))
+    return {"clock_fit_s": seconds, "clock_bound_fit_s": bound_s, "clock_gap_fit": gap(seconds, bound_s)}
 
 
 def _times(

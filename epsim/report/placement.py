@@ -25,6 +25,7 @@ def placement_tables(found: Values) -> RenderableType:
         *(_times_table(found, at) for at in range(len(found["batches"]))),
         _balance_table(found),
         _bound_table(found),
+        *[_clock_line(policy) for policy in found["policies"] if "clock_fit_s" in policy["bounds"]],
         *[Text(f"{one['policy']}: left out: {strip_control_codes(one['reason'])}") for one in found["left_out"]],
     )
 
@@ -118,8 +119,8 @@ def _balance_table(found: Values) -> Table:
 
 def _bound_table(found: Values) -> Table:
     columns = [
-        "fitted to: cost", "held out: cost", "| fitted to: bound", "above", "held out: bound", "above",
-        "| load, fitted to: above", "held out: above",
+        "fitted to: cost", "held out: cost", "| fitted to: bound", "gap", "held out: bound", "gap",
+        "| load, fitted to: gap", "held out: gap",
     ]  # fmt: skip
 
     def row(policy: Values, is_baseline: bool) -> list[str]:
@@ -129,8 +130,18 @@ def _bound_table(found: Values) -> Table:
         loads = [percent(bounds[f"max_load_gap_{part}"]) for part in ("fit", "held_out")]
         return [*(number(metrics[f"objective_{part}"]["mean"]) for part in ("fit", "held_out")), *cells, *loads]
 
-    title = "Transfer objective per token and layer | first split: above its lower bound | largest load above its bound"
+    title = (
+        "Transfer objective per token and layer | first split: its lower bound, (cost - bound) / cost | largest load"
+    )
     return _table(title, found, columns, row)
+
+
+def _clock_line(policy: Values) -> Text:
+    bounds = policy["bounds"]
+    return Text(
+        f"{policy['policy']}, first split: the closed form's time of all layers is {format_time(bounds['clock_fit_s'])}, "
+        f"at least {format_time(bounds['clock_bound_fit_s'])} (gap {percent(bounds['clock_gap_fit'])})"
+    )
 
 
 def change(value: Values | None, is_baseline: bool) -> str:

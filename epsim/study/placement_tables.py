@@ -47,7 +47,7 @@ def _change(value: Found) -> str:
 
 
 def cost_table(columns: Columns) -> str:
-    """Return the transfer objective in sample and held out, and how far it is above its bound on the first split."""
+    """Return the transfer objective in sample and held out, and the gap to its bound on the first split."""
     rows = []
     for label in _labels(columns):
         cells = [f"`{label}`"]
@@ -56,8 +56,8 @@ def cost_table(columns: Columns) -> str:
             cells.append(_percent(_bound(columns, label, f"objective_gap_{part}")))
         cells += [_percent(_bound(columns, label, f"max_load_gap_{part}")) for part in ("fit", "held_out")]
         rows.append(cells)
-    heads = ["fitted to: cost", "above the bound, %", "held out: cost", "above the bound, %"]
-    loads = ["largest load above its bound, fitted to, %", "held out, %"]
+    heads = ["fitted to: cost", "gap to the bound, %", "held out: cost", "gap to the bound, %"]
+    loads = ["largest load, fitted to: gap to its bound, %", "held out, %"]
     return table(("policy", *heads, *loads), rows)
 
 
