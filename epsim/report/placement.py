@@ -139,8 +139,8 @@ def _bound_table(found: Values) -> Table:
 def _clock_line(policy: Values) -> Text:
     bounds = policy["bounds"]
     return Text(
-        f"{policy['policy']}, first split: the closed form's time of all layers is {format_time(bounds['clock_fit_s'])}, "
-        f"at least {format_time(bounds['clock_bound_fit_s'])} (gap {percent(bounds['clock_gap_fit'])})"
+        f"{policy['policy']}, first split: the closed form's time of all layers, {format_time(bounds['clock_fit_s'])}, "
+        f"is at least {format_time(bounds['clock_bound_fit_s'])} (gap {percent(bounds['clock_gap_fit'])})"
     )
 
 

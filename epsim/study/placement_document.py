@@ -77,8 +77,8 @@ def _section(scenario: Path, found: Mapping[Path, Found], image: str) -> str:
                 change_table(columns, _latency(at, name), format_time),
             ]
     parts += [
-        "Transfer objective fitted to and held out, and on the first split its gap to the bound, (cost - bound) / cost: "
-        "means over traces.",
+        "Transfer objective fitted to and held out, and on the first split the gap to its bound, (cost - bound) / "
+        "cost: means over traces.",
         cost_table(columns),
         "Evenness of the devices, memory of replicas and time to place: means over traces.",
         sizes_table(columns),
