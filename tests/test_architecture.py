@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "run": PARTS | {"fitting", "layer_clock", "traces"},
     "compare": {"run", "scenario"},
-    "lab": PARTS | {"fitting", "run", "traces"},
+    "lab": PARTS | {"fitting", "migration", "run", "traces"},
     "calibrate": {"atomic", "batch", "cluster", "model", "run", "scenario"},
     "validate": {
         "atomic",

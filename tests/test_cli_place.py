@@ -18,7 +18,7 @@ from epsim.placement import POLICIES
 from epsim.placement.file import read_placement_file
 from epsim.report.heat_map import CIVIDIS, heat_map, pair_maps
 from epsim.scenario import load_raw
-from epsim.study.placement import PlacementStudy, run_placement_study, traces_of
+from epsim.study.placement import WITH_PARAMETERS, PlacementStudy, run_placement_study, traces_of
 from epsim.study.placement_document import BEGIN, END, write_placement_document
 
 Run = Callable[..., str]
@@ -242,7 +242,8 @@ def study(folder: Path, num_seeds: int = 1) -> PlacementStudy:
 
 @pytest.mark.usefixtures("few")
 def test_a_study_runs_what_is_not_done_and_fills_its_document(folder: Path, run: Run) -> None:
-    (folder / "values.json").write_text(run("--policy", "all", "--seeds", "1", "--json"))
+    asked = [word for policy in ("all", *WITH_PARAMETERS) for word in ("--policy", policy)]
+    (folder / "values.json").write_text(run(*asked, "--seeds", "1", "--json"))
     (folder / "stub.py").write_text("import sys, pathlib\nprint(pathlib.Path('values.json').read_text())\n")
     said: list[str] = []
     program = (sys.executable, "stub.py")

@@ -18,6 +18,7 @@ from epsim.lab.question import Choice, Question
 from epsim.lab.split import Split
 from epsim.layout import Layout
 from epsim.metrics import balancedness
+from epsim.migration import bytes_by_mode
 from epsim.parallelism import lay_out
 from epsim.placement import FitTokens, PlacementProblem
 from epsim.placement.bounds import gap, max_load_bound_L, transfer_bound_L
@@ -26,6 +27,7 @@ from epsim.run import build_problem, build_transmission, deploy, replay
 from epsim.scenario import ScenarioSpec
 from epsim.trace import RoutingTrace
 from epsim.trace.statistics import expert_load
+from epsim.traffic import MessageFormat
 
 Floats = npt.NDArray[np.float64]
 Values = dict[str, float | None]
@@ -123,6 +125,7 @@ def run_trial(
         values={
             **_crossing_values(judged),
             **costs,
+            **_migration_values(question, layout, sample.held_out, transmission.message_format),
             "replica_memory_bytes": replica_bytes(layout, float(question.model.expert_bytes)),
             "time_to_place_s": seconds,
         },
@@ -153,6 +156,15 @@ def _crossing_values(judged: Crossing) -> Values:
         "remote_devices_per_token": judged.remote_devices,
         "remote_nodes_per_token": judged.remote_nodes,
         **{f"balancedness_{form}": value for form, value in balance.items()},
+    }
+
+
+def _migration_values(question: Question, layout: Layout, part: Part, form: MessageFormat) -> Values:
+    """Return what tokens would send that stay where their first expert was, without and with their keys and values."""
+    sent = bytes_by_mode(part.trace, layout.placement, layout.homes, question.model, form)
+    return {
+        "migrate_vector_bytes_per_token": sent.per_token(sent.vectors_FLRR),
+        "migrate_bytes_per_token": sent.per_token(sent.migrate_FLRR),
     }
 
 

@@ -22,6 +22,7 @@ def placement_tables(found: Values) -> RenderableType:
     return Group(
         _title(found),
         _bytes_table(found),
+        _migration_table(found),
         *(_times_table(found, at) for at in range(len(found["batches"]))),
         _balance_table(found),
         _bound_table(found),
@@ -80,6 +81,17 @@ def _bytes_table(found: Values) -> Table:
 
     title = "Held out: per token of all held-out requests, dispatch and combine; devices and nodes per layer"
     return _table(title, found, columns, row)
+
+
+def _migration_table(found: Values) -> Table:
+    names = ("migrate_vector_bytes_per_token", "migrate_bytes_per_token")
+
+    def row(policy: Values, is_baseline: bool) -> list[str]:
+        values = [policy["metrics"][name] for name in names]
+        return [cell for value in values for cell in (format_size(value["mean"]), change(value, is_baseline))]
+
+    title = "Held out: per token, if tokens stayed where their first expert was (token migration; not simulated)"
+    return _table(title, found, ["vectors", "change", "with keys and values", "change"], row)
 
 
 def _times_table(found: Values, at: int) -> Table:

@@ -70,6 +70,11 @@ def _section(scenario: Path, found: Mapping[Path, Found], image: str) -> str:
         "Remote bytes per token, change in % [95 % interval]; first row: bytes.",
         change_table(columns, lambda policy: policy["metrics"]["remote_bytes_per_token"], _kilobytes),
     ]
+    parts += [
+        "Vectors per token if tokens stayed where their first expert was ([token-migration.md](token-migration.md)), "
+        "change in %; keys and values, which come on top, are the same under all policies.",
+        change_table(columns, lambda policy: policy["metrics"]["migrate_vector_bytes_per_token"], _kilobytes),
+    ]
     for at, batch in enumerate(first["batches"]):
         for name, words in (("ttft_s", "TTFT"), ("tpot_s", "TPOT")):
             parts += [
