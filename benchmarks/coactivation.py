@@ -181,11 +181,9 @@ def compare(python: Path | None, seed: int, repeats: int) -> None:
 def scale(seed: int) -> None:
     num_layers, num_experts, num_devices, topk, num_tokens = 48, 128, 16, 8, 1_000_000
     ids_TLK = np.empty((num_tokens, num_layers, topk), np.uint8)
-    for layer in range(num_layers):
-        for rows in np.array_split(np.arange(num_tokens), 50):
-            ids_TLK[rows, layer] = make_ids(
-                np.random.default_rng([seed, layer, int(rows[0])]), len(rows), num_experts, topk
-            )
+    for layer in range(num_layers):  # 20 000 different tokens a layer, drawn again and again
+        rng = np.random.default_rng([seed, layer])
+        ids_TLK[:, layer] = make_ids(rng, 20_000, num_experts, topk)[rng.integers(0, 20_000, num_tokens)]
     problem = make_problem(ids_TLK, num_experts, num_devices)
     place_by_epsim(make_problem(ids_TLK[:1000, :1], num_experts, num_devices), ids_TLK[:1000, 0], 1)
     began = time.perf_counter()
