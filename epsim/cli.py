@@ -14,6 +14,7 @@ from epsim import __version__
 from epsim.cli_calibrate import calibrate
 from epsim.cli_formats import export_command, import_command
 from epsim.cli_measure import measure_app
+from epsim.cli_place import place
 from epsim.cli_study import study_app
 from epsim.cli_trace import Overrides, ScenarioPath, trace_app
 from epsim.cli_train import train
@@ -124,6 +125,7 @@ def compare(
 
 
 app.command()(calibrate)
+app.command()(place)
 app.command()(train)
 app.command("import")(import_command)
 app.command("export")(export_command)

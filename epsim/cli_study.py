@@ -1,4 +1,4 @@
-"""The command `epsim study specialise`: parse, call, print."""
+"""The commands `epsim study specialise` and `epsim study placement`: parse, call, print."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +10,11 @@ from epsim.errors import InputError
 from epsim.interrupt import exit_early, run_to_end, stop_at_hangup
 
 if TYPE_CHECKING:
+    from epsim.study.placement import PlacementStudy
     from epsim.study.plan import Study
     from epsim.study.specialise import StudyOutcome
 
-study_app = typer.Typer(name="study", help="Compare many training runs.", no_args_is_help=True)
+study_app = typer.Typer(name="study", help="Compare many training runs, or many placements.", no_args_is_help=True)
 
 
 @study_app.command()
@@ -107,3 +108,69 @@ def _print(outcome: "StudyOutcome", study: "Study", docs: Path | None) -> None:
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
+
+
+@study_app.command()
+def placement(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the values of every comparison.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, metavar="N", help="Splits of each trace.")] = 5,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Comparisons at once.")] = 2,
+    traces: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the traces.")] = Path("traces"),
+    scenarios: Annotated[
+        list[Path] | None,
+        typer.Option("--scenario", metavar="FILE", help="Repeat for more; default: 2 Orins, 8 H100."),
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also put the tables between the marks of this document.")
+    ] = None,
+) -> None:
+    """Compare all placement policies on all captured traces, each on requests that it was not fitted to. Minutes.
+
+    What is complete in -o is not run again. epsim study placement -o out/placement --docs docs/placement.md
+    """
+    from epsim.study.placement import SCENARIOS, PlacementStudy, traces_of
+    from epsim.study.plan import shortened
+
+    if output is None:
+        raise InputError("study: no folder to write; write e.g. epsim study placement -o out/placement")
+    study = PlacementStudy(
+        folder=shortened(output),
+        scenarios=tuple(scenarios or map(Path, SCENARIOS)),
+        traces=traces_of(shortened(traces)),
+        num_seeds=seeds,
+    )
+    if docs is not None:
+        _check_placement_document(docs)
+    _run_placement(study, jobs, docs)
+
+
+def _check_placement_document(docs: Path) -> None:
+    """Raise InputError before minutes of work that would end in it."""
+    from epsim.atomic import check_folder, require_replaceable
+    from epsim.report.figure import require_matplotlib
+    from epsim.study.placement_document import check_document
+
+    require_matplotlib()
+    check_document(docs)
+    require_replaceable(docs)
+    check_folder(docs.parent / "images")
+
+
+def _run_placement(study: "PlacementStudy", jobs: int, docs: Path | None) -> None:
+    from epsim.study.placement import command, run_placement_study
+
+    stop_at_hangup()
+    cases, failures = run_to_end(
+        lambda: run_placement_study(study, jobs=jobs, say=_say),
+        f"the same command goes on from what is in {study.folder}",
+    )
+    if docs is not None and cases:
+        from epsim.study.placement_document import write_placement_document
+
+        for path in write_placement_document(docs, cases, command(study, docs)):
+            _say(f"wrote {path}")
+    if failures:
+        _say(f"epsim: {len(failures)} comparisons failed; run the same command to try these again")
+        raise typer.Exit(2)

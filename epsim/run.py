@@ -15,6 +15,7 @@ from epsim.cost.measured import measured_cost
 from epsim.cost.profile import wire_name
 from epsim.errors import TraceError
 from epsim.fitting import make_policy, placement_problem
+from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
 from epsim.parallelism import check_parallelism, group_size, lay_out
@@ -44,7 +45,14 @@ def simulate(spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeli
     advance: is called after each simulated step (see `count_steps`). with_timeline: keep the slices of the first
     batch's first steps.
     """
-    deployment, accounts = check(spec)
+    return replay(assemble(spec), spec, advance, with_timeline=with_timeline)
+
+
+def replay(
+    deployment: Deployment, spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeline: bool = False
+) -> Outcome:
+    """Run every batch size of a scenario on a deployment of it; the trace may be another than the scenario's."""
+    accounts = _accounts(deployment, spec)
     outcome = Outcome(
         results=_header(spec, deployment), device_names=accounts[spec.workload.batch_sizes[0]].device_names
     )
@@ -60,16 +68,30 @@ def simulate(spec: ScenarioSpec, advance: Advance = lambda: None, *, with_timeli
 def check(spec: ScenarioSpec) -> tuple[Deployment, dict[int, MemoryAccount]]:
     """Return what `simulate` runs, and the memory account of every batch size; raise all that it would refuse."""
     deployment = assemble(spec)
-    return deployment, {size: check_memory(deployment, spec, size) for size in spec.workload.batch_sizes}
+    return deployment, _accounts(deployment, spec)
+
+
+def _accounts(deployment: Deployment, spec: ScenarioSpec) -> dict[int, MemoryAccount]:
+    return {size: check_memory(deployment, spec, size) for size in spec.workload.batch_sizes}
 
 
 def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, and layout of a scenario, and check that they fit together."""
     model, cluster = model_and_cluster(spec)
+    trace, load_MLE = checked_trace(spec, model)
+    problem = placement_problem(spec, cluster, trace, load_MLE)
+    return deploy(spec, model, cluster, trace, lay_out(spec, model, make_policy(spec.placement), problem))
+
+
+def checked_trace(spec: ScenarioSpec, model: ModelCard) -> tuple[TraceSource, npt.NDArray[np.int64]]:
+    """Return the trace of a scenario and its loads (`trace_and_load`), if it fits the model and the workload."""
     trace, load_MLE = trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
     _check_trace(trace, model, spec.workload)
-    problem = placement_problem(spec, cluster, trace, load_MLE)
-    layout = lay_out(spec, model, make_policy(spec.placement), problem)
+    return trace, load_MLE
+
+
+def deploy(spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource, layout: Layout) -> Deployment:
+    """Return a layout ready to serve the requests of a trace as the scenario says."""
     transmission = build_transmission(spec, model)
     return Deployment(
         model=model,

@@ -2,6 +2,7 @@
 
 from epsim.scenario.load import (
     apply_override,
+    apply_overrides,
     check_scenario,
     load_cluster,
     load_model,
@@ -15,6 +16,7 @@ from epsim.scenario.spec import ScenarioSpec
 __all__ = [
     "ScenarioSpec",
     "apply_override",
+    "apply_overrides",
     "check_scenario",
     "load_cluster",
     "load_model",

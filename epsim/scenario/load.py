@@ -44,13 +44,18 @@ def load_raw(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     raw = {key: _anchored(key, value, path.parent) for key, value in written.items()}
     for target, value in own.items():
         apply_override(raw, str(target), _anchored(target, value, path.parent), origin="overrides")
+    apply_overrides(raw, overrides)
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply `path=value` overrides, or those of the file in `@FILE`, to a raw scenario, in place."""
     for text in overrides:
         if text.startswith("@"):
             _apply_file(raw, Path(text[1:]))
             continue
         target, value = split_override(text)
         apply_override(raw, target, value)
-    return raw
 
 
 def _apply_file(raw: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The placement lab: policies fitted to some requests of a trace and judged on the others (`compare_policies`)."""

@@ -1,0 +1,199 @@
+"""What is asked of the lab: `Question` (a scenario on a trace) by `ask`, and its policies, `Choice`, by `choose`."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epsim.cluster import Cluster
+from epsim.errors import InputError, ScenarioError
+from epsim.model import ModelCard
+from epsim.placement import POLICIES
+from epsim.placement.policies import Contiguous
+from epsim.run import checked_trace, model_and_cluster
+from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw, split_override
+from epsim.scenario.load import preset_names
+from epsim.scenario.yaml_text import parse_yaml
+from epsim.trace import TraceSource
+from epsim.trace.file import TraceFile
+
+BATCH_SIZES = [1, 8]  # unless the scenario says some
+ALL = "all"
+_ASKED = ("placement", "trace")  # fields that the command itself sets
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """A policy with its parameters. label: as the user wrote it. spec: the scenario with it as its placement."""
+
+    label: str
+    spec: ScenarioSpec
+
+    @property
+    def kind(self) -> str:
+        """The name of the policy."""
+        return self.spec.placement.policy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """A scenario without a placement, its model, cluster and trace.
+
+    raw: the scenario as `check_scenario` takes it. load_MLE: how often the whole trace chose each expert.
+    most_batches: of each size; None: as many as the requests fill.
+    """
+
+    raw: dict[str, Any]
+    spec: ScenarioSpec
+    model: ModelCard
+    cluster: Cluster
+    trace: TraceSource
+    load_MLE: npt.NDArray[np.int64]
+    most_batches: int | None
+
+    def with_placement(self, fields: dict[str, Any]) -> ScenarioSpec:
+        """Return the scenario with a placement section."""
+        return check_scenario({**copy.deepcopy(self.raw), "placement": fields})
+
+    def num_batches(self, batch_size: int, num_requests: int) -> int:
+        """Return how many full batches of a size the requests are simulated in."""
+        full = num_requests // batch_size
+        return full if self.most_batches is None else min(full, self.most_batches)
+
+
+def ask(
+    trace: Path,
+    *,
+    scenario: Path | None = None,
+    model: str | None = None,
+    cluster: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Question:
+    """Return the question of a trace: a scenario's (its own trace and placement do not count), or model and cluster.
+
+    Raises InputError, one line, for whatever does not fit together.
+    """
+    raw = _raw(TraceFile.open(trace), scenario, model, cluster)
+    for text in overrides:
+        if not text.startswith("@"):
+            section = re.split(r"[.\[]", split_override(text)[0])[0]
+            if section in _ASKED:
+                what = "write policies with --policy" if section == "placement" else "name the file as the argument"
+                raise ScenarioError(f'--set "{text}": {section} is what this command sets; {what}')
+    apply_overrides(raw, overrides)
+    workload: Any = raw.get("workload") or {}
+    if not isinstance(workload, dict):
+        check_scenario(raw)  # raises
+    most_batches = workload.get("num_batches")
+    raw["workload"] = {"batch_sizes": BATCH_SIZES, **workload}
+    spec = check_scenario(copy.deepcopy(raw))
+    if spec.parallelism.kind != "ep":
+        raise ScenarioError(
+            f'parallelism.kind: "{spec.parallelism.kind}" spreads experts another way; policies are compared under ep'
+        )
+    card, built = model_and_cluster(spec)
+    source, load_MLE = checked_trace(_of_one_request(spec), card)
+    return Question(
+        raw=raw, spec=spec, model=card, cluster=built, trace=source, load_MLE=load_MLE, most_batches=most_batches
+    )
+
+
+def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: str | None) -> dict[str, Any]:
+    raw: dict[str, Any] = {"name": f"placements of {trace.path.name}"} if scenario is None else load_raw(scenario)
+    raw.pop("placement", None)
+    raw["trace"] = {"kind": "file", "path": str(trace.path)}
+    if model is None and "model" not in raw:
+        model = trace.meta.model
+        if model not in preset_names("model"):
+            raise InputError(
+                f"--model: {trace.path} is of {model!r}, which is no preset; write --model or --scenario"
+                if model
+                else f"--model: {trace.path} names no model; write --model or --scenario"
+            )
+    if cluster is None and "cluster" not in raw:
+        raise InputError("--cluster: is missing; write a preset, a path that ends in .yaml, or --scenario")
+    raw |= {key: value for key, value in (("model", model), ("cluster", cluster)) if value is not None}
+    return raw
+
+
+def _of_one_request(spec: ScenarioSpec) -> ScenarioSpec:
+    """Return the scenario with a workload that any trace has the requests for; batches are counted later."""
+    few = spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
+    return spec.model_copy(update={"workload": few})
+
+
+def parse_policy(text: str, question: Question) -> Choice:
+    """Return the policy of `kind,param=value,...`; values are read as YAML, and the scenario's own check holds them.
+
+    Raises ScenarioError, one line, for what is no policy or has no such parameter.
+    """
+    kind, *pairs = re.split(r",(?=[^,=]+=)", text.strip())  # a value may hold commas
+    fields: dict[str, Any] = {"policy": kind}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name.strip() in fields:
+            raise ScenarioError(f'--policy "{text}": {name.strip()} is there twice; write it once')
+        try:
+            fields[name.strip()] = parse_yaml(value)
+        except ValueError as error:
+            raise ScenarioError(f'--policy "{text}": {value!r} is not YAML ({error}); write it as in a file') from error
+    try:
+        return Choice(label=text.strip(), spec=question.with_placement(fields))
+    except ScenarioError as error:
+        raise ScenarioError(f'--policy "{text}": {error}') from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chosen:
+    """The policies to compare.
+
+    baseline: a label, which need not apply; None: the first that does. first: the label of the first policy asked for.
+    optional: those that do not apply are left out. left_out: why, by label, of those of which that is known already.
+    """
+
+    choices: tuple[Choice, ...]
+    baseline: str | None
+    first: str
+    optional: bool
+    left_out: Mapping[str, str]
+
+
+def choose(texts: Sequence[str], baseline: str | None, question: Question) -> Chosen:
+    """Return the policies of texts as `parse_policy` reads them.
+
+    `all`: every policy that has no required parameters, with `contiguous` as the baseline unless another is named. A
+    baseline that is not among the policies is put first. Raises ScenarioError for a policy that is there twice.
+    """
+    named = [text.strip() for text in texts if text.strip() != ALL]
+    optional = len(named) < len(texts)
+    for i, text in enumerate(named):
+        if text in named[:i]:
+            raise ScenarioError(f'--policy "{text}": is there twice; write it once')
+    left_out: dict[str, str] = {}
+    choices: list[Choice] = []
+    for text in texts:
+        if text.strip() == ALL:
+            choices += _every(question, [choice.label for choice in choices] + named, left_out)
+        else:
+            choices.append(parse_policy(text, question))
+    first = choices[0].label
+    baseline = Contiguous.kind if baseline is None and optional else baseline and baseline.strip()
+    if baseline is not None and baseline not in [choice.label for choice in choices]:
+        choices.insert(0, parse_policy(baseline, question))
+    return Chosen(choices=tuple(choices), baseline=baseline, first=first, optional=optional, left_out=left_out)
+
+
+def _every(question: Question, named: Sequence[str], left_out: dict[str, str]) -> Iterator[Choice]:
+    """Yield every policy with default parameters that is not named; note why one cannot be had without some."""
+    for kind in POLICIES:
+        if kind in named:
+            continue
+        try:
+            yield Choice(label=kind, spec=question.with_placement({"policy": kind}))
+        except ScenarioError as error:
+            left_out[kind] = str(error)

@@ -1,0 +1,171 @@
+"""Tables of `epsim place` for people: `placement_tables`, from the plain values of a comparison of policies."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.control import strip_control_codes
+from rich.table import Table
+from rich.text import Text
+
+from epsim.report.origin import origin_line
+from epsim.report.table import new_table
+from epsim.units import format_size, format_time
+
+Values = Mapping[str, Any]
+LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
+UNDECIDED = "~"  # marks a difference whose interval contains 0
+
+
+def placement_tables(found: Values) -> RenderableType:
+    """Return all tables of a comparison (`epsim.lab.experiment.compare_policies`)."""
+    return Group(
+        _title(found),
+        _bytes_table(found),
+        *(_times_table(found, at) for at in range(len(found["batches"]))),
+        _balance_table(found),
+        _bound_table(found),
+        *[Text(f"{one['policy']}: left out: {strip_control_codes(one['reason'])}") for one in found["left_out"]],
+    )
+
+
+def interval_words(found: Values) -> str:
+    """Return how intervals are made, or that one split has none."""
+    design = found["design"]
+    if design["interval_level"] is None:
+        return "one split: no intervals, and no telling whether a difference is one"
+    return (
+        f"means over {design['num_seeds']} splits with {100 * design['interval_level']:g} % intervals (corrected for "
+        f"overlapping splits); {UNDECIDED}: the interval of the difference contains 0"
+    )
+
+
+def _title(found: Values) -> Text:
+    scenario, design = found["scenario"], found["design"]
+    text = Text(strip_control_codes(scenario["name"]), style="bold")
+    transmission = scenario["transmission"]
+    text.append(
+        f"\n{scenario['model']['name']} on {scenario['cluster']['name']}, {len(found['devices'])} devices; "
+        f"{transmission['mode']}, dedup {transmission['dedup']}, homes {scenario['homes']['policy']}\n"
+        f"fitted to {design['num_fit']} requests, judged on {design['num_held_out']} others; {interval_words(found)}\n",
+        style="not bold",
+    )
+    text.append(origin_line(found["trace"]), style="yellow not bold")
+    return text
+
+
+def _table(title: str, found: Values, columns: Sequence[str], row: Any) -> Table:
+    table = new_table(f"\n{title}", "policy", *columns)
+    for policy in found["policies"]:
+        is_baseline = policy["policy"] == found["baseline"]
+        name = strip_control_codes(policy["policy"])
+        table.add_row(name, *row(policy, is_baseline), style="bold" if is_baseline else "")
+    return table
+
+
+def _bytes_table(found: Values) -> Table:
+    has_nodes = found["policies"][0]["metrics"]["remote_nodes_per_token"] is not None
+    columns = ["remote bytes", "change", "remote devices", "change", *(["remote nodes", "change"] if has_nodes else [])]
+
+    def row(policy: Values, is_baseline: bool) -> list[str]:
+        metrics = policy["metrics"]
+        cells = [
+            format_size(metrics["remote_bytes_per_token"]["mean"]),
+            change(metrics["remote_bytes_per_token"], is_baseline),
+        ]
+        for name in ("remote_devices_per_token", *(["remote_nodes_per_token"] if has_nodes else [])):
+            cells += [f"{metrics[name]['mean']:.3f}", change(metrics[name], is_baseline)]
+        return cells
+
+    title = "Held out: per token of all held-out requests, dispatch and combine; devices and nodes per layer"
+    return _table(title, found, columns, row)
+
+
+def _times_table(found: Values, at: int) -> Table:
+    batches = found["batches"][at]
+    title = f"Held out: batch {batches['batch_size']}, {batches['num_batches']} simulated (means over requests)"
+
+    def row(policy: Values, is_baseline: bool) -> list[str]:
+        size = policy["batch_sizes"][at]
+        return [cell for name in LATENCIES for cell in (_time(size[name]), change(size[name], is_baseline))]
+
+    return _table(title, found, [cell for name in LATENCIES.values() for cell in (name, "change")], row)
+
+
+def _balance_table(found: Values) -> Table:
+    forms = ("balancedness_ratio_of_sums", "balancedness_mean_of_ratios")
+    columns = [
+        "sum of means / sum of maxima",
+        "difference",
+        "mean of ratios",
+        "difference",
+        "replicas",
+        "time to place",
+    ]
+
+    def row(policy: Values, is_baseline: bool) -> list[str]:
+        metrics = policy["metrics"]
+        cells = [
+            cell for name in forms for cell in (f"{metrics[name]['mean']:.3f}", _difference(metrics[name], is_baseline))
+        ]
+        replicas = max(metrics["replica_memory_bytes"]["values"])
+        seconds = sorted(metrics["time_to_place_s"]["values"])
+        return [*cells, format_size(replicas) if replicas else "-", format_time(seconds[len(seconds) // 2])]
+
+    title = "Held out: balancedness of pairs served; memory of replicas on the fullest device; median time to place"
+    return _table(title, found, columns, row)
+
+
+def _bound_table(found: Values) -> Table:
+    columns = [
+        "fitted to: cost", "bound", "gap", "held out: cost", "bound", "gap", "load, fitted to: gap", "held out: gap",
+    ]  # fmt: skip
+
+    def row(policy: Values, is_baseline: bool) -> list[str]:
+        metrics, cells = policy["metrics"], []
+        for part in ("fit", "held_out"):
+            cells += [number(metrics[f"objective_{part}"]), number(metrics[f"objective_bound_{part}"])]
+            cells += [percent(metrics[f"objective_gap_{part}"])]
+        return [*cells, *(percent(metrics[f"max_load_gap_{part}"]) for part in ("fit", "held_out"))]
+
+    return _table(
+        "Transfer objective per token and layer, and largest load, above their lower bounds", found, columns, row
+    )
+
+
+def change(value: Values | None, is_baseline: bool) -> str:
+    """Return a change against the baseline in %, with its interval."""
+    if is_baseline:
+        return "baseline"
+    return "-" if value is None or "change_percent" not in value else _signed(value["change_percent"], 1, " %")
+
+
+def _difference(value: Values, is_baseline: bool) -> str:
+    return "baseline" if is_baseline else _signed(value["difference"], 3, "")
+
+
+def _signed(value: Values, digits: int, unit: str) -> str:
+    mean = f"{signed(value['mean'], digits)}{unit}"
+    if value["low"] is None:
+        return mean
+    ends = f"{signed(value['low'], digits)} .. {signed(value['high'], digits)}"
+    return f"{mean} [{ends}]{UNDECIDED if value['contains_zero'] else ' '}"
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign, and with + where it rounds to 0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def _time(value: Values | None) -> str:
+    return "-" if value is None else format_time(value["mean"])
+
+
+def number(value: Values | None) -> str:
+    """Return a mean with three digits, a dash for none."""
+    return "-" if value is None else f"{value['mean']:.3f}"
+
+
+def percent(value: Values | None) -> str:
+    """Return a share in %, a dash for none."""
+    return "-" if value is None else f"{100 * value['mean']:.1f} %"
