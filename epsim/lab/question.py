@@ -97,7 +97,7 @@ def ask(
             f'parallelism.kind: "{spec.parallelism.kind}" spreads experts another way; policies are compared under ep'
         )
     card, built = model_and_cluster(spec)
-    source, load_MLE = checked_trace(_of_one_request(spec), card)
+    source, load_MLE = checked_trace(of_one_request(spec), card)
     return Question(
         raw=raw, spec=spec, model=card, cluster=built, trace=source, load_MLE=load_MLE, most_batches=most_batches
     )
@@ -121,7 +121,7 @@ def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: st
     return raw
 
 
-def _of_one_request(spec: ScenarioSpec) -> ScenarioSpec:
+def of_one_request(spec: ScenarioSpec) -> ScenarioSpec:
     """Return the scenario with a workload that any trace has the requests for; batches are counted later."""
     few = spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
     return spec.model_copy(update={"workload": few})
