@@ -129,6 +129,8 @@ def replay_policies(
 
     advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional.
     """
+    if all(choice.label == chosen.baseline for choice in chosen.choices):
+        raise InputError(f"--policy: {chosen.baseline} is the baseline; name another policy to compare with it")
     rows: list[dict[str, Any]] = []
     left_out = dict(chosen.left_out)
     for choice in sorted(chosen.choices, key=lambda choice: choice.label != chosen.baseline):  # the baseline first

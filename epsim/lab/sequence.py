@@ -1,8 +1,9 @@
 """Traces one after the other in time: `followed_by`, a question whose trace goes on with others."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +25,26 @@ def followed_by(question: Question, paths: Sequence[Path]) -> Question:
         return question
     parts, load_MLE = [question.trace], question.load_MLE.copy()
     for path in paths:
-        own = question.spec.model_copy(
-            update={"trace": question.spec.trace.model_copy(update={"path": str(path)})}
-        )
+        own = question.spec.model_copy(update={"trace": question.spec.trace.model_copy(update={"path": str(path)})})
         trace, own_load_MLE = checked_trace(of_one_request(own), question.model)
         parts.append(trace)
         load_MLE += own_load_MLE
     return replace(question, trace=in_sequence(parts), load_MLE=load_MLE)
 
 
-def in_sequence(parts: Sequence[TraceSource]) -> RoutingTrace:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sequel(RoutingTrace):
+    """Traces one after the other; title: their names."""
+
+    title: str
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.title
+
+
+def in_sequence(parts: Sequence[TraceSource]) -> Sequel:
     """Return the rows of all parts, part by part; requests keep their order and are numbered anew from 0.
 
     Only the columns that every trace has are kept. Raises TraceError for parts of different shapes.
@@ -57,7 +68,9 @@ def in_sequence(parts: Sequence[TraceSource]) -> RoutingTrace:
             )
         )
         num_requests += len(ids_Q)
-    return concatenate(rows)
+    whole = concatenate(rows)
+    columns: dict[str, Any] = dict(whole.columns())
+    return Sequel(meta=meta, title=", then ".join(part.name for part in parts), **columns)
 
 
 def _shape(part: TraceSource) -> TraceShape:

@@ -167,7 +167,7 @@ class Server:
         time_to_place_s = time.perf_counter() - began_s
         new = settle(layout.placement, found, question.cluster, match_devices=schedule.match_devices)
         experts_RR = moved_experts_RR(layout.placement, new, question.cluster)
-        bytes_RR = experts_RR * float(question.model.expert_bytes)
+        bytes_RR = experts_RR.astype(np.float64) * float(question.model.expert_bytes)
         self._rebalances.append(
             Rebalance(
                 before_step=self._done,
