@@ -20,9 +20,9 @@ Slots = npt.NDArray[np.int32]
 def settle(old: Placement, new: Placement, cluster: Cluster, *, match_devices: bool) -> Placement:
     """Return the new placement with what it has in common with the old one left where it is.
 
-    An expert that stays on its device keeps its slot. match_devices: before that, in each layer, devices of one type in
-    one node trade all that they hold, so that most experts stay (an assignment problem; where nothing is gained, each
-    keeps its own): such devices are alike to a policy as long as the homes of requests do not follow the placement.
+    An expert that stays on its device keeps its slot. match_devices: before that, in each layer, devices of one node
+    with the same figures trade all that they hold, so that most experts stay (an assignment problem; where nothing is
+    gained, each keeps its own): they are alike to a policy as long as homes do not follow the placement.
     """
     slots_LRX = _by_device(new).copy()
     if match_devices:
@@ -69,12 +69,14 @@ def _held(slots_LRX: Slots, num_experts: int) -> npt.NDArray[np.bool_]:
 
 
 def _alike(cluster: Cluster) -> Iterator[Ints]:
-    """Yield the devices of each node and type, where there are two or more."""
-    kinds = [(device.node, device.type_name) for device in cluster.devices]
-    for kind in dict.fromkeys(kinds):
-        devices = np.array([r for r, other in enumerate(kinds) if other == kind], dtype=np.int64)
+    """Yield the devices of each node that have the same figures, where there are two or more."""
+    figures = [replace(device, name="", type_name="") for device in cluster.devices]
+    left = list(range(cluster.num_devices))
+    while left:
+        devices = [device for device in left if figures[device] == figures[left[0]]]
+        left = [device for device in left if device not in devices]
         if len(devices) > 1:
-            yield devices
+            yield np.array(devices, dtype=np.int64)
 
 
 def _match(old: Placement, slots_LRX: Slots, devices: Ints) -> None:
