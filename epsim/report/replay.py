@@ -72,7 +72,6 @@ def _served_table(found: Values) -> Table:
 def _moves_table(found: Values) -> Table:
     columns = [
         "rebalances", "experts moved", "weights moved", "time moving", "of the run", "a step saves", "pays after",
-        "time to place",
     ]  # fmt: skip
 
     def cells(row: Values) -> list[str]:
@@ -84,7 +83,6 @@ def _moves_table(found: Values) -> Table:
             f"{100 * row['moving_share']:.1f} %",
             _saved(row["saved_s_per_step"]),
             _pays(row),
-            _time(row["time_to_place_s"]),
         ]
 
     title = "Online: weights moved; a step since the first rebalance against the fixed placement's, without moves"
