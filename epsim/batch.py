@@ -153,10 +153,7 @@ def run_steps(
 
 
 class BatchRun:
-    """A batch's rows of the trace and what follows from them for its steps.
-
-    deployment: what the next step runs on; another with the same homes may take its place between two steps.
-    """
+    """A batch's rows of the trace and its steps; `deployment` may become another with the same homes between two."""
 
     def __init__(
         self, deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
@@ -175,16 +172,8 @@ class BatchRun:
         self._by_step_T = np.argsort(rows.step_T, kind="stable")
         self._bounds = np.searchsorted(rows.step_T[self._by_step_T], np.arange(self.num_steps + 1))
 
-    def rows(self, step: int) -> RoutingTrace:
-        """Return the rows of a step, in the order of the requests."""
-        return self._rows.take(self._of_step(step))
-
-    def _of_step(self, step: int) -> npt.NDArray[np.int64]:
-        return self._by_step_T[self._bounds[step] : self._bounds[step + 1]]
-
     def tokens(self, step: int) -> StepTokens:
-        """Return the tokens of a step."""
-        rows_T = self._of_step(step)
+        rows_T = self._by_step_T[self._bounds[step] : self._bounds[step + 1]]
         home_Q = self._homes.prefill_Q if step == 0 else self._homes.decode_Q
         rows_T = rows_T[np.argsort(home_Q[self._request_T[rows_T]], kind="stable")]
         request_T = self._request_T[rows_T]

@@ -134,7 +134,7 @@ class Server:
             ids = ids_Q[batch * size : (batch + 1) * size]
             run = BatchRun(self._deployment, ids, self._spec.workload.max_output_tokens)
             records = run_steps(
-                self._inputs(run),
+                self._inputs(run, self.trace.select(ids)),
                 planner=self._deployment.planner,
                 cluster=self.question.cluster,
                 fidelity=self._deployment.fidelity,
@@ -147,8 +147,8 @@ class Server:
             now_s = records.end_s
         return Served(batches=batches, rebalances=self._rebalances)
 
-    def _inputs(self, run: BatchRun) -> Iterator[StepInput]:
-        """Yield the steps of a batch, each on the placement of its time."""
+    def _inputs(self, run: BatchRun, rows: RoutingTrace) -> Iterator[StepInput]:
+        """Yield the steps of a batch, each on the placement of its time; rows: those of the batch."""
         for step in range(run.num_steps):
             if self.schedule is not None and self._done and self._done % self.schedule.every == 0:
                 self._rebalance(self.schedule)
@@ -156,7 +156,7 @@ class Server:
             yield run.input(step)
             self._done += 1
             if self.schedule is not None:
-                self._window.append(run.rows(step))
+                self._window.append(rows.take(np.flatnonzero(rows.step_T == step)))
 
     def _rebalance(self, schedule: Schedule) -> None:
         """Fit to the last steps, and move weights to where they are to be."""

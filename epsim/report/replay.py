@@ -46,8 +46,9 @@ def _table(title: str, found: Values, columns: list[str], cells: Any, *, only: s
     table = new_table(f"\n{title}", "policy", *columns)
     for row in found["rows"]:
         if only in (None, row["placement"]):
-            name = f"{strip_control_codes(row['policy'])}, {row['placement']}" if only is None else row["policy"]
-            table.add_row(name, *cells(row), style="bold" if row["placement"] == "baseline" else "")
+            name = strip_control_codes(row["policy"])
+            kind = f", {row['placement']}" if only is None else ""
+            table.add_row(f"{name}{kind}", *cells(row), style="bold" if row["placement"] == "baseline" else "")
     return table
 
 
