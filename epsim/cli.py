@@ -3,6 +3,7 @@
 Only typer and the exceptions are imported at start; each command imports what it needs.
 """
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -153,6 +154,8 @@ def show(scenario: ScenarioPath, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Entry point of the `epsim` command."""
+    # Matrices here are small: threads of BLAS wait for each other longer than they compute (it is not loaded yet).
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # "µs" on an ASCII terminal

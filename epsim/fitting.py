@@ -3,6 +3,7 @@
 Letters: L MoE layers, E experts, R devices.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from epsim.layout import split_devices
 from epsim.placement import (
     POLICIES,
     HomePlan,
+    LayerClock,
     PlacementPolicy,
     PlacementProblem,
     TransferObjective,
@@ -34,9 +36,16 @@ def make_policy(spec: PlacementSpec) -> PlacementPolicy:
 
 
 def placement_problem(
-    spec: ScenarioSpec, cluster: Cluster, trace: TraceSource, load_MLE: npt.NDArray[np.int64]
+    spec: ScenarioSpec,
+    cluster: Cluster,
+    trace: TraceSource,
+    load_MLE: npt.NDArray[np.int64],
+    clock: Callable[[], LayerClock] | None = None,
 ) -> PlacementProblem:
-    """Return what the policy of a scenario is fitted to; load_MLE: how often the trace chose each expert."""
+    """Return what the policy of a scenario is fitted to.
+
+    load_MLE: how often the trace chose each expert. clock: makes the simulator's time of a layer, if it is asked for.
+    """
     node_of_device_R = cluster.node_of_device_R.astype(np.int32)
     same_node, other_node = _link_costs(cluster)
     return PlacementProblem(
@@ -47,15 +56,16 @@ def placement_problem(
         trace=trace,
         transfer=TransferObjective.of(
             node_of_device_R,
-            _expected_homes(spec, cluster.num_devices).share_FR(cluster.num_devices),
+            expected_homes(spec, cluster.num_devices).share_FR(cluster.num_devices),
             by_node=spec.transmission.dedup == "node",
             same_node=same_node,
             other_node=other_node,
         ),
+        clock=clock,
     )
 
 
-def _expected_homes(spec: ScenarioSpec, num_devices: int) -> HomePlan:
+def expected_homes(spec: ScenarioSpec, num_devices: int) -> HomePlan:
     """Return where tokens will live; where that follows from the placement, what policies place for."""
     match spec.parallelism:
         case AfdSpec(attention_devices=first):

@@ -13,17 +13,18 @@ from epsim.cluster import Cluster, build_cluster
 from epsim.cost import Cost, MemoryAccount, RooflineCost
 from epsim.cost.measured import measured_cost
 from epsim.cost.profile import wire_name
-from epsim.errors import TraceError
 from epsim.fitting import make_policy, placement_problem
+from epsim.layer_clock import AnalyticClock, layer_clock
 from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, TransferCounts, summarise_batch_size
 from epsim.model import ModelCard
 from epsim.parallelism import check_parallelism, group_size, lay_out
+from epsim.placement import PlacementProblem
 from epsim.scenario.spec import FileTraceSpec, ScenarioSpec, TransmissionSpec, WorkloadSpec
 from epsim.sim import ReplicaPlanner, StepPlanner, Transmission, check_closed_form
 from epsim.sim.slices import Slice, slices_of
 from epsim.trace import TraceSource
-from epsim.traces import num_requests_needed, trace_and_load, trace_shape
+from epsim.traces import checked_trace, num_requests_needed, trace_and_load
 from epsim.traffic import MessageFormat, TrafficCounter
 
 Advance = Callable[[], None]
@@ -78,16 +79,16 @@ def _accounts(deployment: Deployment, spec: ScenarioSpec) -> dict[int, MemoryAcc
 def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, and layout of a scenario, and check that they fit together."""
     model, cluster = model_and_cluster(spec)
-    trace, load_MLE = checked_trace(spec, model)
-    problem = placement_problem(spec, cluster, trace, load_MLE)
+    trace, load_MLE = checked_trace(spec.trace, model, spec.workload)
+    problem = build_problem(spec, model, cluster, trace, load_MLE)
     return deploy(spec, model, cluster, trace, lay_out(spec, model, make_policy(spec.placement), problem))
 
 
-def checked_trace(spec: ScenarioSpec, model: ModelCard) -> tuple[TraceSource, npt.NDArray[np.int64]]:
-    """Return the trace of a scenario and its loads (`trace_and_load`), if it fits the model and the workload."""
-    trace, load_MLE = trace_and_load(spec.trace, model, num_requests_needed(spec.workload))
-    _check_trace(trace, model, spec.workload)
-    return trace, load_MLE
+def build_problem(
+    spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource, load_MLE: npt.NDArray[np.int64]
+) -> PlacementProblem:
+    """Return what the policy of a scenario is fitted to: a trace, its loads, and the simulator's time of a layer."""
+    return placement_problem(spec, cluster, trace, load_MLE, lambda: build_clock(spec, model, cluster, trace))
 
 
 def deploy(spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource, layout: Layout) -> Deployment:
@@ -128,6 +129,12 @@ def build_planner(spec: ScenarioSpec, model: ModelCard, cluster: Cluster) -> Ste
     return ReplicaPlanner(card, cluster, cost, group_size=size, vector_bytes=vector_bytes)
 
 
+def build_clock(spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource) -> AnalyticClock:
+    """Return the simulator's time of a layer of a scenario under expert parallelism, for policies that search by it."""
+    cost, transmission = build_cost(spec, model, cluster), build_transmission(spec, model)
+    return layer_clock(spec, model, cluster, trace, StepPlanner(model, cluster, cost, transmission))
+
+
 def build_cost(spec: ScenarioSpec, card: ModelCard, cluster: Cluster) -> Cost:
     """Return the times of a device's part of the model: from measured profiles if the device types name them."""
     paths = {name: device_type.profile for name, device_type in spec.cluster.device_types.items()}
@@ -150,36 +157,6 @@ def build_transmission(spec: ScenarioSpec, model: ModelCard) -> Transmission:
         overlap_kv=spec.homes.kv_transfer == "overlapped",
         message_format=MessageFormat.of(model.hidden_size, t.dispatch_dtype, t.combine_dtype),
     )
-
-
-def _check_trace(trace: TraceSource, model: ModelCard, workload: WorkloadSpec) -> None:
-    meta = trace.meta
-    shape = trace_shape(model)
-    for noun, found, wanted in (
-        ("experts", meta.num_experts, shape.num_experts),
-        ("top-k", meta.topk, shape.topk),
-        ("MoE layers", meta.layer_ids, shape.layer_ids),
-    ):
-        if found != wanted and model.moe is not None:  # of a dense model only the lengths count
-            raise TraceError(
-                f"trace: {trace.name} has {noun} {_brief(found)}, model {model.name} has {_brief(wanted)}; "
-                "name the model that the trace was taken from"
-            )
-    if model.vision is None and trace.requests.num_vision_tokens_Q.any():
-        raise TraceError(
-            f"trace: {trace.name} has vision tokens, model {model.name} no vision encoder; add model.vision, or use a "
-            "trace of text alone, e.g. trace.vision_tokens: 0"
-        )
-    have, need = len(trace.requests.request_id_Q), num_requests_needed(workload)
-    if have < need:
-        raise TraceError(
-            f"workload.batch_sizes: {max(workload.batch_sizes)} x num_batches {workload.num_batches} needs {need} "
-            f"requests, {trace.name} has {have}; use smaller or fewer batches, or a longer trace"
-        )
-
-
-def _brief(value: object) -> str:
-    return f"{value[0]}..{value[-1]} ({len(value)})" if isinstance(value, tuple) and value else str(value)
 
 
 def check_memory(deployment: Deployment, spec: ScenarioSpec, batch_size: int) -> MemoryAccount:

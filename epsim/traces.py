@@ -60,6 +60,43 @@ def trace_and_load(spec: TraceSpec, model: ModelCard, num_requests: int) -> Trac
     return found
 
 
+def checked_trace(spec: TraceSpec, model: ModelCard, workload: WorkloadSpec) -> TraceAndLoad:
+    """Return `trace_and_load`; TraceError unless the trace fits the model and has the requests of the workload."""
+    trace, load_MLE = trace_and_load(spec, model, num_requests_needed(workload))
+    _check_trace(trace, model, workload)
+    return trace, load_MLE
+
+
+def _check_trace(trace: TraceSource, model: ModelCard, workload: WorkloadSpec) -> None:
+    meta = trace.meta
+    shape = trace_shape(model)
+    for noun, found, wanted in (
+        ("experts", meta.num_experts, shape.num_experts),
+        ("top-k", meta.topk, shape.topk),
+        ("MoE layers", meta.layer_ids, shape.layer_ids),
+    ):
+        if found != wanted and model.moe is not None:  # of a dense model only the lengths count
+            raise TraceError(
+                f"trace: {trace.name} has {noun} {_brief(found)}, model {model.name} has {_brief(wanted)}; "
+                "name the model that the trace was taken from"
+            )
+    if model.vision is None and trace.requests.num_vision_tokens_Q.any():
+        raise TraceError(
+            f"trace: {trace.name} has vision tokens, model {model.name} no vision encoder; add model.vision, or use a "
+            "trace of text alone, e.g. trace.vision_tokens: 0"
+        )
+    have, need = len(trace.requests.request_id_Q), num_requests_needed(workload)
+    if have < need:
+        raise TraceError(
+            f"workload.batch_sizes: {max(workload.batch_sizes)} x num_batches {workload.num_batches} needs {need} "
+            f"requests, {trace.name} has {have}; use smaller or fewer batches, or a longer trace"
+        )
+
+
+def _brief(value: object) -> str:
+    return f"{value[0]}..{value[-1]} ({len(value)})" if isinstance(value, tuple) and value else str(value)
+
+
 def _key(spec: TraceSpec, model: ModelCard, num_requests: int) -> Hashable:
     """Return what decides on a trace: for a file, also its present time of change and size."""
     if not isinstance(spec, FileTraceSpec) or not Path(spec.path).exists():

@@ -123,7 +123,7 @@ class TrafficCounter:
         device_RLE = placement.device_of_expert_RLE
         node_RLE = self._num_devices + placement.node_of_device_R[device_RLE]
         num_places = self._num_devices + self._num_nodes
-        self._bits_RWLE = _bit_tables(device_RLE, num_places) | _bit_tables(node_RLE, num_places)
+        self._bits_RWLE = bit_tables(device_RLE, num_places) | bit_tables(node_RLE, num_places)
 
     def count(
         self,
@@ -143,7 +143,7 @@ class TrafficCounter:
         starts = self._group_starts(home_T)
         hist_GLE, tokens_GLX = self._count_groups(topk_expert_ids_TLK, starts)
         tokens_LCRX = self._by_layer(tokens_GLX)
-        pairs, experts, source_experts, slot_load_LCP = _spread(
+        pairs, experts, source_experts, slot_load_LCP = spread_pairs(
             hist_GLE,
             self._num_chunks,
             self._placement.slot_of_expert_RLE,
@@ -187,7 +187,7 @@ class TrafficCounter:
 
         def work(part: int) -> None:
             tokens = (ids_TLK, bounds[part], bounds[part + 1], starts)
-            _count_range(*tokens, self._num_chunks, self._bits_RWLE, *totals[part])
+            count_range(*tokens, self._num_chunks, self._bits_RWLE, *totals[part])
 
         if parts == 1:
             work(0)
@@ -198,7 +198,7 @@ class TrafficCounter:
         return hist, touched
 
 
-def _bit_tables(group_RLE: npt.NDArray[np.int32], num_groups: int) -> npt.NDArray[np.uint64]:
+def bit_tables(group_RLE: npt.NDArray[np.int32], num_groups: int) -> npt.NDArray[np.uint64]:
     """Return the bit of each expert's group, 64 groups to a word: uint64 [R, words, L, E], 0 in the other words."""
     words = -(-num_groups // 64)
     offset_RWLE = group_RLE[:, None].astype(np.int64) - 64 * np.arange(words)[:, None, None]
@@ -207,7 +207,7 @@ def _bit_tables(group_RLE: npt.NDArray[np.int32], num_groups: int) -> npt.NDArra
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_range(ids_TLK, first, last, starts, num_chunks, bits_RWLE, hist_GLE, touched_GLX):  # type: ignore[no-untyped-def]
+def count_range(ids_TLK, first, last, starts, num_chunks, bits_RWLE, hist_GLE, touched_GLX):  # type: ignore[no-untyped-def]
     """Add the tokens [first, last), block by block, to the totals of their groups."""
     for g in range(len(starts) - 1):
         source = g // num_chunks
@@ -249,7 +249,7 @@ def _count_touched(ids_TLK, first, last, bits_WLE, touched_LX):  # type: ignore[
 
 
 @numba.njit(cache=True)
-def _spread(hist_GLE, num_chunks, slot_of_expert_RLE, slots_per_device, num_slots):  # type: ignore[no-untyped-def]
+def spread_pairs(hist_GLE, num_chunks, slot_of_expert_RLE, slots_per_device, num_slots):  # type: ignore[no-untyped-def]
     """Return pairs_LCRR, experts_LCRR, source_experts_LRR and slot_load_LCP from the histograms of the groups."""
     num_devices, num_layers, num_experts = slot_of_expert_RLE.shape
     pairs = np.zeros((num_layers, num_chunks, num_devices, num_devices), np.int64)

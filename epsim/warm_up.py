@@ -15,6 +15,7 @@ def warm_up() -> None:
                         "model": "olmoe",
                         "cluster": "orin-2x-10gbe",
                         "trace": {"kind": "uniform", "vision_tokens": 1, "text_tokens": 1, "output_tokens": 2},
+                        "placement": {"policy": "predicted_time", "max_evaluations": 1},
                         "transmission": {"mode": mode},
                         "workload": {"batch_sizes": [2]},
                         "simulation": {"fidelity": fidelity},

@@ -23,7 +23,7 @@ workload: {batch_sizes: [1]}
 KNOWN = "cluster, description, homes, model, name, parallelism, placement, simulation, trace, transmission, workload"
 MODELS = "deepseekmoe, llama-3.2-3b, llava-1.5-7b, llava-next-34b, mixtral, moonlight, olmo-1b, olmoe, qwen3-moe"
 POLICIES = ["contiguous", "round_robin", "random", "modality_bins", "coactivation", "balanced_coactivation"]
-POLICIES += ["eplb_hierarchical", "eplb_global", "replicated", "token_migration", "exact", "file"]
+POLICIES += ["predicted_time", "eplb_hierarchical", "eplb_global", "replicated", "token_migration", "exact", "file"]
 CLUSTERS = "a800-2x8, h100-2x8, h200-1x8, orin-2x-10gbe"
 Complaint = Callable[..., str]
 

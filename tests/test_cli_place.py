@@ -12,11 +12,13 @@ from reference.lab import mixed_trace, write_question
 from rich.console import Console
 
 from epsim import cli
+from epsim.compare import parse_axes, with_settings
 from epsim.errors import InputError
 from epsim.placement import POLICIES
 from epsim.placement.file import read_placement_file
 from epsim.report.heat_map import CIVIDIS, heat_map, pair_maps
-from epsim.study.placement import PlacementStudy, run_placement_study, traces_of
+from epsim.scenario import load_raw
+from epsim.study.placement import WITH_PARAMETERS, PlacementStudy, run_placement_study, traces_of
 from epsim.study.placement_document import BEGIN, END, write_placement_document
 
 Run = Callable[..., str]
@@ -172,7 +174,7 @@ def test_too_few_requests_are_one_line(
 def test_an_interrupt_writes_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("epsim.lab.experiment.run_trial", interrupted)
@@ -184,6 +186,17 @@ def test_an_interrupt_writes_nothing(
     assert exit_info.value.code == 130
     assert "no file was written" in capsys.readouterr().err
     assert not (folder / "p.json").exists()
+
+
+def test_a_grid_of_placements_takes_whole_sections(folder: Path) -> None:
+    raw = load_raw(folder / "small.yaml")
+    axes = parse_axes(["placement={policy: contiguous},{policy: random, seed: 3},{policy: file, path: mine.json}"])
+    chosen = [with_settings(raw, {"placement": value}).placement.model_dump() for value in axes["placement"]]
+    assert chosen == [
+        {"policy": "contiguous"},
+        {"policy": "random", "seed": 3},
+        {"policy": "file", "path": "mine.json"},
+    ]
 
 
 def drawn(num_devices: int, num_policies: int = 2) -> dict[str, Any]:
@@ -229,7 +242,8 @@ def study(folder: Path, num_seeds: int = 1) -> PlacementStudy:
 
 @pytest.mark.usefixtures("few")
 def test_a_study_runs_what_is_not_done_and_fills_its_document(folder: Path, run: Run) -> None:
-    (folder / "values.json").write_text(run("--policy", "all", "--seeds", "1", "--json"))
+    asked = [word for policy in ("all", *WITH_PARAMETERS) for word in ("--policy", policy)]
+    (folder / "values.json").write_text(run(*asked, "--seeds", "1", "--json"))
     (folder / "stub.py").write_text("import sys, pathlib\nprint(pathlib.Path('values.json').read_text())\n")
     said: list[str] = []
     program = (sys.executable, "stub.py")

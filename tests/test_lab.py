@@ -1,7 +1,6 @@
 """The placement lab: intervals, splits and crossings by hand, and that what is held out stays held out."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,10 +36,10 @@ def question(folder: Path, trace: RoutingTrace, overrides: Sequence[str] = (), *
     return ask(path, scenario=file, overrides=overrides)
 
 
-def trial(asked: Question, policy: str, seed: int = 0) -> Trial:
+def trial(asked: Question, policy: str, seed: int = 0, *, with_bounds: bool = False) -> Trial:
     (choice,) = choose([policy], None, asked).choices
     sample = Sample.of(asked, split_requests(asked.trace.requests, 0.5, seed))
-    return run_trial(asked, choice, sample, lambda: None)
+    return run_trial(asked, choice, sample, lambda: None, with_bounds=with_bounds)
 
 
 def test_an_interval_by_hand() -> None:
@@ -235,8 +234,11 @@ def test_the_best_policy_by_metric() -> None:
 def test_costs_are_not_below_their_bounds(tmp_path: Path) -> None:
     asked = question(tmp_path, mixed_trace(), homes="by_modality")
     for policy in ("contiguous", "random", "modality_bins"):
-        values = trial(asked, policy).values
+        found = trial(asked, policy, with_bounds=True)
         for part in ("fit", "held_out"):
-            gap = values[f"objective_gap_{part}"]
-            assert gap is None or gap >= -1e-12
-            assert math.isfinite(values[f"objective_{part}"] or math.nan)
+            cost, bound = found.values[f"objective_{part}"], found.bounds[f"objective_bound_{part}"]
+            assert cost is not None
+            assert bound is not None
+            assert cost >= bound > 0
+            assert found.bounds[f"objective_gap_{part}"] == pytest.approx(1 - bound / cost)
+            assert (found.bounds[f"max_load_gap_{part}"] or 0.0) >= 0

@@ -20,7 +20,7 @@ from epsim.lab.question import Question, ask, choose
 from epsim.lab.replay import Parts, ReplayDesign, count_replay_steps, replay_policies
 from epsim.lab.sequence import followed_by, in_sequence
 from epsim.lab.serving import Schedule
-from epsim.placement import Placement
+from epsim.placement import POLICIES, Placement
 from epsim.run import deploy, replay
 from epsim.sim import Fidelity, simulate_step
 from epsim.sim.bulk import bulk_plan
@@ -101,6 +101,11 @@ def test_weights_come_from_the_nearest_holder_and_from_the_device_itself_for_not
         [0, 0, 0, 2],
         [0, 0, 2, 0],
     ]
+    # 2 has both from 0 (one link of 2 B/s) and from 1 (two links of 10 B/s): the widest route counts first.
+    links = [link("d0", "d2", 2.0), link("d0", "s", 10.0), link("d1", "s", 10.0), link("d2", "s", 10.0)]
+    narrow = make_cluster([device_type()] * 3, links, nodes=[0, 0, 0], switches=("s",))
+    old, new = (make_placement([slots_P], [0] * 3, 2) for slots_P in ([0, 0, 1], [0, 0, 0, 1, 1, 0]))
+    assert moved_experts_RR(old, new, narrow)[:, 2].tolist() == [0, 1, 0]
     # Of holders that are equally near, the one that sends least: expert 0 on 0 and 1, wanted by 2 and 3.
     old = make_placement([[0, 1, 0, 2, 3, -1, 3, -1]], [0] * 4, 4)
     new = make_placement([[0, 1, 0, 2, 3, 0, 3, 0]], [0] * 4, 4)
@@ -221,6 +226,21 @@ def test_refitting_later_than_the_end_is_fixed(tmp_path: Path) -> None:
         assert online == without_times(found["fixed"])
 
 
+def test_all_leaves_out_what_cannot_be_refitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = {kind: POLICIES[kind] for kind in ("contiguous", "modality_bins", "predicted_time", "file")}
+    monkeypatch.setattr("epsim.lab.question.POLICIES", some)
+    asked = question(tmp_path, mixed_trace())
+    design = ReplayDesign(schedule=Schedule(every=3, window=2), batch_size=1)
+    parts, chosen = Parts.of(asked, design), choose(["all"], None, asked)
+    found = replay_policies(parts, chosen, design)
+    assert [(row["policy"], row["placement"]) for row in found["rows"]] == [
+        ("contiguous", "baseline"),
+        ("modality_bins", "fixed"),
+        ("modality_bins", "online"),
+    ]
+    assert {one["policy"] for one in found["left_out"]} == {"predicted_time", "file"}
+
+
 def test_the_longest_output_is_cut_and_batches_are_limited(tmp_path: Path) -> None:
     asked = question(tmp_path, drifting(), "workload.max_output_tokens=1", "workload.num_batches=4")
     assert rows(asked, every=2, window=2)["online"]["steps"]["phase"] == ["prefill"] * 4
@@ -298,6 +318,7 @@ MISTAKES = {
     "no share": ((*REPLAY, "--fit-share", "0.01"), "--fit-share: 0.01 of 16 requests is none"),
     "homes": ((*REPLAY, "--set", "homes.policy=by_modality"), 'homes.policy: "by_modality" follows the placement'),
     "baseline alone": ((*REPLAY, "--baseline", "eplb_global"), "--policy: eplb_global is the baseline"),
+    "clock": ((*REPLAY, "--policy", "predicted_time"), '--policy "predicted_time": predicted_time predicts batches'),
     "no such trace": ((*REPLAY, "--then", "no.arrow"), "no.arrow"),
     "seeds": ((*REPLAY, "--seeds", "3"), "--seeds: has no meaning with --replay"),
     "out": ((*REPLAY, "--out", "p.json"), "--out: has no meaning with --replay"),

@@ -105,7 +105,7 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
             if choice.label in runs.left_out:
                 continue
             try:
-                trial = run_trial(question, choice, sample, advance)
+                trial = run_trial(question, choice, sample, advance, with_bounds=seed == 0)
             except InputError as error:
                 if not chosen.optional:
                     raise
@@ -154,7 +154,7 @@ def about(question: Question) -> dict[str, Any]:
 
 
 def _summary(trials: Sequence[Trial], base: Sequence[Trial], ratio: float) -> dict[str, Any]:
-    """Return means with intervals, differences to the baseline, and who sends what to whom on the first split."""
+    """Return means with intervals and differences to the baseline; bounds and who sends what to whom, first split."""
     return {
         "metrics": {name: _compared([t.values[name] for t in trials], [t.values[name] for t in base], ratio)
                     for name in trials[0].values},
@@ -168,6 +168,7 @@ def _summary(trials: Sequence[Trial], base: Sequence[Trial], ratio: float) -> di
             }
             for size in trials[0].times
         ],
+        "bounds": trials[0].bounds,
         "sent_bytes": trials[0].sent_bytes_RR.tolist(),
     }  # fmt: skip
 

@@ -14,13 +14,16 @@ from epsim.cluster import Cluster
 from epsim.errors import InputError, ScenarioError
 from epsim.model import ModelCard
 from epsim.placement import POLICIES
+from epsim.placement.exact import Exact
 from epsim.placement.policies import Contiguous
-from epsim.run import checked_trace, model_and_cluster
+from epsim.run import model_and_cluster
 from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw, split_override
 from epsim.scenario.load import preset_names
+from epsim.scenario.spec import WorkloadSpec
 from epsim.scenario.yaml_text import parse_yaml
 from epsim.trace import TraceSource
 from epsim.trace.file import TraceFile
+from epsim.traces import checked_trace
 
 BATCH_SIZES = [1, 8]  # unless the scenario says some
 ALL = "all"
@@ -97,7 +100,7 @@ def ask(
             f'parallelism.kind: "{spec.parallelism.kind}" spreads experts another way; policies are compared under ep'
         )
     card, built = model_and_cluster(spec)
-    source, load_MLE = checked_trace(of_one_request(spec), card)
+    source, load_MLE = checked_trace(spec.trace, card, one_request(spec))
     return Question(
         raw=raw, spec=spec, model=card, cluster=built, trace=source, load_MLE=load_MLE, most_batches=most_batches
     )
@@ -121,10 +124,9 @@ def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: st
     return raw
 
 
-def of_one_request(spec: ScenarioSpec) -> ScenarioSpec:
-    """Return the scenario with a workload that any trace has the requests for; batches are counted later."""
-    few = spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
-    return spec.model_copy(update={"workload": few})
+def one_request(spec: ScenarioSpec) -> WorkloadSpec:
+    """Return a workload that any trace has the requests for; batches are counted later."""
+    return spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
 
 
 def parse_policy(text: str, question: Question) -> Choice:
@@ -192,6 +194,11 @@ def _every(question: Question, named: Sequence[str], left_out: dict[str, str]) -
     """Yield every policy with default parameters that is not named; note why one cannot be had without some."""
     for kind in POLICIES:
         if kind in named:
+            continue
+        if kind == Exact.kind:
+            left_out[kind] = (
+                "is for small cases, and may take a minute a layer to say that it cannot; ask for it by name"
+            )
             continue
         try:
             yield Choice(label=kind, spec=question.with_placement({"policy": kind}))

@@ -11,13 +11,15 @@ from statistics import fmean, median
 from typing import Any
 
 from epsim.errors import InputError, ScenarioError
-from epsim.fitting import make_policy, placement_problem
+from epsim.fitting import make_policy
 from epsim.lab.experiment import about
 from epsim.lab.question import Choice, Chosen, Question
 from epsim.lab.serving import Schedule, Served, Server
 from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, balancedness
 from epsim.parallelism import lay_out
+from epsim.placement.predicted_time import PredictedTime
+from epsim.run import build_problem
 from epsim.trace import RoutingTrace
 from epsim.trace.statistics import expert_load
 
@@ -98,7 +100,7 @@ class Parts:
     def lay_out(self, choice: Choice) -> Layout:
         """Return what a policy makes of the first part."""
         question, rows = self.question, self.fit
-        problem = placement_problem(choice.spec, question.cluster, rows, expert_load(rows))
+        problem = build_problem(choice.spec, question.model, question.cluster, rows, expert_load(rows))
         return lay_out(choice.spec, question.model, make_policy(choice.spec.placement), problem)
 
     def serve(self, choice: Choice, first: Layout, schedule: Schedule | None, advance: Advance) -> Served:
@@ -132,7 +134,7 @@ def replay_policies(
     if all(choice.label == chosen.baseline for choice in chosen.choices):
         raise InputError(f"--policy: {chosen.baseline} is the baseline; name another policy to compare with it")
     rows: list[dict[str, Any]] = []
-    left_out = dict(chosen.left_out)
+    left_out = {**chosen.left_out, **_not_of_windows(chosen)}
     for choice in sorted(chosen.choices, key=lambda choice: choice.label != chosen.baseline):  # the baseline first
         if choice.label in left_out:
             continue
@@ -161,6 +163,15 @@ def replay_policies(
         "rows": rows,
         "left_out": [{"policy": label, "reason": why} for label, why in left_out.items()],
     }
+
+
+def _not_of_windows(chosen: Chosen) -> dict[str, str]:
+    """Return why policies cannot be refitted to steps, by label; InputError where they are not optional."""
+    why = f"{PredictedTime.kind} predicts batches of whole requests, and a window of steps has parts of them"
+    found = [c.label for c in chosen.choices if c.kind == PredictedTime.kind and c.label != chosen.baseline]
+    if found and not chosen.optional:
+        raise InputError(f'--policy "{found[0]}": {why}; write another policy, e.g. balanced_coactivation')
+    return dict.fromkeys(found, why)
 
 
 def _of_policy(parts: Parts, choice: Choice, schedule: Schedule | None, advance: Advance) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from epsim.errors import TraceError
-from epsim.lab.question import Question, of_one_request
-from epsim.run import checked_trace
+from epsim.lab.question import Question, one_request
 from epsim.trace import RoutingTrace, TraceMeta, TraceShape, TraceSource
 from epsim.trace.routing import concatenate
+from epsim.traces import checked_trace
 
 _ORIGINS = ("synthetic", "imported", "captured")  # the first that some part has is that of the whole
 
@@ -25,8 +25,8 @@ def followed_by(question: Question, paths: Sequence[Path]) -> Question:
         return question
     parts, load_MLE = [question.trace], question.load_MLE.copy()
     for path in paths:
-        own = question.spec.model_copy(update={"trace": question.spec.trace.model_copy(update={"path": str(path)})})
-        trace, own_load_MLE = checked_trace(of_one_request(own), question.model)
+        spec = question.spec.trace.model_copy(update={"path": str(path)})
+        trace, own_load_MLE = checked_trace(spec, question.model, one_request(question.spec))
         parts.append(trace)
         load_MLE += own_load_MLE
     return replace(question, trace=in_sequence(parts), load_MLE=load_MLE)

@@ -4,7 +4,7 @@ Letters: L MoE layers, R devices, E experts.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,19 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epsim.fitting import make_policy, placement_problem
+from epsim.fitting import make_policy
 from epsim.lab.crossing import Crossing, count_crossing
 from epsim.lab.question import Choice, Question
 from epsim.lab.split import Split
 from epsim.layout import Layout
 from epsim.metrics import balancedness
+from epsim.migration import bytes_by_mode
 from epsim.parallelism import lay_out
 from epsim.placement import FitTokens, PlacementProblem
-from epsim.placement.bounds import max_load_bound_L, transfer_bound_L
-from epsim.run import build_transmission, deploy, replay
+from epsim.placement.bounds import gap, max_load_bound_L, transfer_bound_L
+from epsim.placement.predicted_time import PredictedTime
+from epsim.run import build_problem, build_transmission, deploy, replay
 from epsim.scenario import ScenarioSpec
 from epsim.trace import RoutingTrace
 from epsim.trace.statistics import expert_load
+from epsim.traffic import MessageFormat
 
 Floats = npt.NDArray[np.float64]
 Values = dict[str, float | None]
@@ -54,7 +57,7 @@ class Sample:
     split: Split
     fit: Part
     held_out: Part
-    _bounds: dict[tuple[str, int, int], float | None] = field(default_factory=dict)
+    _bounds: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, question: Question, split: Split) -> "Sample":
@@ -62,36 +65,28 @@ class Sample:
         fit, held_out = (Part(trace=question.trace.select(ids)) for ids in (split.fit_ids, split.held_out_ids))
         return cls(split=split, fit=fit, held_out=held_out)
 
-    def transfer_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float | None:
+    def transfer_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float:
         """Return the mean over layers of what no placement's cost is below."""
-        return self._once(
-            ("transfer", id(part), slots_per_device),
-            lambda: _mean(
-                transfer_bound_L(
-                    problem.objective,
-                    part.tokens,
-                    num_experts=problem.num_experts,
-                    slots_per_device=slots_per_device,
-                )
-            ),
-        )
 
-    def load_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float | None:
+        def bound() -> Floats:
+            return transfer_bound_L(
+                problem.objective, part.tokens, num_experts=problem.num_experts, slots_per_device=slots_per_device
+            )
+
+        return self._once(("transfer", id(part), slots_per_device), bound)
+
+    def load_bound(self, problem: PlacementProblem, part: Part, slots_per_device: int) -> float:
         """Return the mean over layers of what no placement's fullest device serves less than."""
         load_LE = part.load_MLE.sum(axis=0)
         return self._once(
             ("load", id(part), slots_per_device),
-            lambda: _mean(max_load_bound_L(load_LE, problem.num_devices, slots_per_device)),
+            lambda: max_load_bound_L(load_LE, problem.num_devices, slots_per_device),
         )
 
-    def _once(self, key: tuple[str, int, int], make: Callable[[], float | None]) -> float | None:
+    def _once(self, key: tuple[str, int, int], make: Callable[[], Floats]) -> float:
         if key not in self._bounds:
-            self._bounds[key] = make()
+            self._bounds[key] = float(make().mean())
         return self._bounds[key]
-
-
-def _mean(bound_L: Floats | None) -> float | None:
-    return None if bound_L is None else float(bound_L.mean())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,40 +94,50 @@ class Trial:
     """What a policy gave on a split.
 
     values: by name (docs/metrics.md), None where there is nothing to say. times: TTFT and TPOT in s by batch size.
-    sent_bytes_RR: of the held-out requests, by sender and receiver.
+    sent_bytes_RR: of the held-out requests, by sender and receiver. bounds: as values, or empty.
     """
 
     values: Values
     times: dict[int, Values]
     sent_bytes_RR: Floats
+    bounds: Values
 
 
-def run_trial(question: Question, choice: Choice, sample: Sample, advance: Callable[[], None]) -> Trial:
-    """Fit the policy to one part of the requests and judge it on the other; advance: is called after each step."""
-    problem = placement_problem(choice.spec, question.cluster, sample.fit.trace, sample.fit.load_MLE)
+def run_trial(
+    question: Question, choice: Choice, sample: Sample, advance: Callable[[], None], *, with_bounds: bool
+) -> Trial:
+    """Fit the policy to one part of the requests and judge it on the other.
+
+    advance: is called after each simulated step. with_bounds: also bound what any placement gives, which takes longer.
+    """
+    problem = build_problem(choice.spec, question.model, question.cluster, sample.fit.trace, sample.fit.load_MLE)
     policy = make_policy(choice.spec.placement)
     began_s = time.perf_counter()
     layout = lay_out(choice.spec, question.model, policy, problem)
     seconds = time.perf_counter() - began_s
     transmission = build_transmission(choice.spec, question.model)
-    fitted, judged = (
-        count_crossing(part.trace, layout, question.cluster, transmission) for part in (sample.fit, sample.held_out)
-    )
+    parts = {"fit": sample.fit, "held_out": sample.held_out}
+    crossings = {
+        name: count_crossing(part.trace, layout, question.cluster, transmission) for name, part in parts.items()
+    }
+    judged, costs = crossings["held_out"], _costs(sample, problem, layout)
     return Trial(
         values={
             **_crossing_values(judged),
-            **_bounded_values(sample, problem, layout, fitted, judged),
+            **costs,
+            **_migration_values(question, layout, sample.held_out, transmission.message_format),
             "replica_memory_bytes": replica_bytes(layout, float(question.model.expert_bytes)),
             "time_to_place_s": seconds,
         },
         times=_times(question, choice.spec, layout, sample.held_out.trace, advance),
         sent_bytes_RR=judged.bytes_RR,
+        bounds=_bounds(sample, problem, layout, costs, crossings) if with_bounds else {},
     )
 
 
 def fit_to_all(question: Question, choice: Choice) -> Layout:
     """Return the layout that the policy makes of all requests of the trace."""
-    problem = placement_problem(choice.spec, question.cluster, question.trace, question.load_MLE)
+    problem = build_problem(choice.spec, question.model, question.cluster, question.trace, question.load_MLE)
     return lay_out(choice.spec, question.model, make_policy(choice.spec.placement), problem)
 
 
@@ -154,26 +159,47 @@ def _crossing_values(judged: Crossing) -> Values:
     }
 
 
-def _bounded_values(
-    sample: Sample, problem: PlacementProblem, layout: Layout, fitted: Crossing, judged: Crossing
+def _migration_values(question: Question, layout: Layout, part: Part, form: MessageFormat) -> Values:
+    """Return what tokens would send that stay where their first expert was, without and with their keys and values."""
+    sent = bytes_by_mode(part.trace, layout.placement, layout.homes, question.model, form)
+    return {
+        "migrate_vector_bytes_per_token": sent.per_token(sent.vectors_FLRR),
+        "migrate_bytes_per_token": sent.per_token(sent.migrate_FLRR),
+    }
+
+
+def _costs(sample: Sample, problem: PlacementProblem, layout: Layout) -> Values:
+    """Return the transfer objective of the requests fitted to and of those held out."""
+    table_RLE = layout.placement.device_of_expert_RLE
+    return {
+        f"objective_{name}": float(problem.objective.cost_L(part.tokens, table_RLE).mean())
+        for name, part in (("fit", sample.fit), ("held_out", sample.held_out))
+    }
+
+
+def _bounds(
+    sample: Sample, problem: PlacementProblem, layout: Layout, costs: Values, crossings: Mapping[str, Crossing]
 ) -> Values:
-    """Return the transfer objective and the largest loads, in sample and held out, beside their lower bounds."""
-    values: Values = {}
-    placement = layout.placement
-    slots = placement.slots_per_device
-    for name, part, crossing in (("fit", sample.fit, fitted), ("held_out", sample.held_out, judged)):
-        cost = float(problem.objective.cost_L(part.tokens, placement.device_of_expert_RLE).mean())
-        bound = sample.transfer_bound(problem, part, slots)
-        max_load, load_bound = float(crossing.served_LR.max(axis=1).mean()), sample.load_bound(problem, part, slots)
-        values[f"objective_{name}"] = cost
+    """Return lower bounds of both objectives, and how far these and the largest loads are above them."""
+    slots, values = layout.placement.slots_per_device, dict[str, float | None]()
+    for name, part in (("fit", sample.fit), ("held_out", sample.held_out)):
+        bound, cost = sample.transfer_bound(problem, part, slots), costs[f"objective_{name}"]
+        max_load = float(crossings[name].served_LR.max(axis=1).mean())
+        assert cost is not None
         values[f"objective_bound_{name}"] = bound
-        values[f"objective_gap_{name}"] = _gap(cost, bound)
-        values[f"max_load_gap_{name}"] = _gap(max_load, load_bound)
-    return values
+        values[f"objective_gap_{name}"] = gap(cost, bound)
+        values[f"max_load_gap_{name}"] = gap(max_load, sample.load_bound(problem, part, slots))
+    return {**values, **_time_bound(problem, layout)}
 
 
-def _gap(value: float, bound: float | None) -> float | None:
-    return value / bound - 1 if bound else None
+def _time_bound(problem: PlacementProblem, layout: Layout) -> Values:
+    """Return the closed form's time of all layers, its lower bound and the gap, for the policy that minimises it."""
+    if layout.placement.policy != PredictedTime.kind or problem.clock is None:
+        return {}
+    clock, device_LE = problem.clock(), layout.placement.device_of_expert_RLE[0]
+    seconds = sum(clock.seconds(layer, device_E) for layer, device_E in enumerate(device_LE))
+    bound_s = sum(clock.bound_seconds(layer) for layer in range(problem.num_layers))
+    return {"clock_fit_s": seconds, "clock_bound_fit_s": bound_s, "clock_gap_fit": gap(seconds, bound_s)}
 
 
 def _times(

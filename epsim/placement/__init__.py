@@ -10,6 +10,7 @@ from epsim.placement.homes import HomePlan, Homes, balanced, by_modality, expect
 from epsim.placement.objective import FitTokens, TransferObjective
 from epsim.placement.placement import Placement
 from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin
+from epsim.placement.predicted_time import PredictedTime
 from epsim.placement.problem import LayerClock, PlacementPolicy, PlacementProblem
 from epsim.placement.replicated import Replicated
 from epsim.placement.token_migration import TokenMigration
@@ -23,6 +24,7 @@ POLICIES: dict[str, type[PlacementPolicy]] = {
         ModalityBins,
         Coactivation,
         BalancedCoactivation,
+        PredictedTime,
         EplbHierarchical,
         EplbGlobal,
         Replicated,

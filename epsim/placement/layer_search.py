@@ -22,7 +22,7 @@ _LAST_PATIENCE = 4  # swaps over all tokens of a large trace are slow, and the s
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """starts: assignments to search from (by id, by text bias, then random ones).
+    """starts: assignments to search from (grown by co-activation, by id, by text bias, then random ones).
 
     rounds: at most so many swaps per expert from each start, and no more than one per expert in a row without a gain.
     search_tokens: every start is searched on at most so many tokens, evenly spaced; the best then goes on with all,
@@ -135,7 +135,8 @@ def _search(
         return search_layer(tokens, costs_FB, start_E, effort=effort, seed=seed, load_E=load_E, max_load=most)
 
     most = NO_CAP if cap is None else int(cap)
-    found = [search(some, start_E, most, effort) for start_E in _starts(layer, experts, in_order, options.starts)]
+    starts = _starts(some, layer.bias_E[experts], in_order, options.starts, layer.rng)
+    found = [search(some, start_E, most, effort) for start_E in starts]
     best_E, excess, _ = min(found, key=lambda result: result[1:])
     if excess:
         most = int(np.bincount(best_E, weights=load_E).max())
@@ -145,10 +146,35 @@ def _search(
     return search(everything, best_E, most, Effort(num_swaps=num_swaps, patience=_LAST_PATIENCE))[0]
 
 
-def _starts(layer: _Layer, experts: npt.NDArray[np.integer], in_order: Assignment, num_starts: int) -> list[Assignment]:
-    """Return the bins by id, by text bias (vision experts first), and at random."""
+def _starts(
+    tokens: LayerTokens,
+    bias_E: npt.NDArray[np.float64],
+    in_order: Assignment,
+    num_starts: int,
+    rng: np.random.Generator,
+) -> list[Assignment]:
+    """Return bins that grow by co-activation, by id, by text bias (vision experts first), and at random."""
     by_bias = np.empty_like(in_order)
-    by_bias[np.argsort(layer.bias_E[experts], kind="stable")] = in_order
-    makers: list[Callable[[], Assignment]] = [lambda: in_order, lambda: by_bias]
-    makers += [lambda: layer.rng.permutation(in_order)] * max(0, num_starts - 2)
+    by_bias[np.argsort(bias_E, kind="stable")] = in_order
+    makers: list[Callable[[], Assignment]] = [lambda: _grown(tokens, in_order), lambda: in_order, lambda: by_bias]
+    makers += [lambda: rng.permutation(in_order)] * max(0, num_starts - len(makers))
     return [make() for make in makers[:num_starts]]
+
+
+def _grown(tokens: LayerTokens, in_order: Assignment) -> Assignment:
+    """Fill bin after bin, each time with the expert that is chosen most often together with those in it."""
+    chosen_TE = np.zeros((len(tokens.ids_TK), tokens.num_experts + 1), np.float32)
+    chosen_TE[np.arange(len(chosen_TE))[:, None], tokens.ids_TK] = 1.0  # -1 is the last column
+    together_EE = chosen_TE[:, :-1].T @ chosen_TE[:, :-1]
+    np.fill_diagonal(together_EE, 0.0)
+    grown_E = np.empty_like(in_order)
+    is_free_E = np.ones(len(in_order), dtype=bool)
+    for place, in_bin in enumerate(in_order):
+        if place == 0 or in_bin != in_order[place - 1]:
+            pull_E = together_EE[:, is_free_E].sum(axis=1)
+            members = np.zeros(len(in_order), np.float32)
+        expert = int(np.argmax(np.where(is_free_E, pull_E, -1.0)))
+        members[expert] = 1.0
+        pull_E = together_EE @ members
+        grown_E[expert], is_free_E[expert] = in_bin, False
+    return grown_E

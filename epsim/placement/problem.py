@@ -3,7 +3,7 @@
 Letters: L MoE layers, E logical experts, P slots, R devices, T tokens, K top-k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, Self
 
@@ -22,6 +22,9 @@ class LayerClock(Protocol):
     def seconds(self, layer: int, device_of_expert_E: npt.NDArray[np.integer]) -> float:
         """Return the predicted time of the layer over the steps that are fitted to, in s."""
 
+    def bound_seconds(self, layer: int) -> float:
+        """Return a time that no placement of the layer without replicas can beat, in s."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementProblem:
@@ -31,7 +34,7 @@ class PlacementProblem:
     node_of_device_R: int32 [R].
     trace: the rows to fit to; None where only the loads are known, and policies that need more raise.
     transfer: what a token's transfers cost; None: every remote device costs 1, and tokens live anywhere.
-    clock: the simulator's time of a layer, for policies that search by it.
+    clock: makes the simulator's time of a layer, for policies that search by it; None where there is none.
     """
 
     num_layers: int
@@ -40,7 +43,7 @@ class PlacementProblem:
     expert_load_MLE: npt.NDArray[np.int64]
     trace: TraceSource | None = None
     transfer: TransferObjective | None = None
-    clock: LayerClock | None = None
+    clock: Callable[[], LayerClock] | None = None
 
     def __post_init__(self) -> None:
         if self.expert_load_MLE.shape != (2, self.num_layers, self.num_experts):

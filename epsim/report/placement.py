@@ -22,9 +22,11 @@ def placement_tables(found: Values) -> RenderableType:
     return Group(
         _title(found),
         _bytes_table(found),
+        _migration_table(found),
         *(_times_table(found, at) for at in range(len(found["batches"]))),
         _balance_table(found),
         _bound_table(found),
+        *[_clock_line(policy) for policy in found["policies"] if "clock_fit_s" in policy["bounds"]],
         *[Text(f"{one['policy']}: left out: {strip_control_codes(one['reason'])}") for one in found["left_out"]],
     )
 
@@ -81,6 +83,17 @@ def _bytes_table(found: Values) -> Table:
     return _table(title, found, columns, row)
 
 
+def _migration_table(found: Values) -> Table:
+    names = ("migrate_vector_bytes_per_token", "migrate_bytes_per_token")
+
+    def row(policy: Values, is_baseline: bool) -> list[str]:
+        values = [policy["metrics"][name] for name in names]
+        return [cell for value in values for cell in (format_size(value["mean"]), change(value, is_baseline))]
+
+    title = "Held out: per token, if tokens stayed where their first expert was (token migration; not simulated)"
+    return _table(title, found, ["vectors", "change", "with keys and values", "change"], row)
+
+
 def _times_table(found: Values, at: int) -> Table:
     batches = found["batches"][at]
     title = f"Held out: batch {batches['batch_size']}, {batches['num_batches']} simulated (means over requests)"
@@ -118,18 +131,28 @@ def _balance_table(found: Values) -> Table:
 
 def _bound_table(found: Values) -> Table:
     columns = [
-        "fitted to: cost", "bound", "gap", "held out: cost", "bound", "gap", "load, fitted to: gap", "held out: gap",
+        "fitted to: cost", "held out: cost", "| fitted to: bound", "gap", "held out: bound", "gap",
+        "| load, fitted to: gap", "held out: gap",
     ]  # fmt: skip
 
     def row(policy: Values, is_baseline: bool) -> list[str]:
-        metrics, cells = policy["metrics"], []
+        metrics, bounds, cells = policy["metrics"], policy["bounds"], []
         for part in ("fit", "held_out"):
-            cells += [number(metrics[f"objective_{part}"]), number(metrics[f"objective_bound_{part}"])]
-            cells += [percent(metrics[f"objective_gap_{part}"])]
-        return [*cells, *(percent(metrics[f"max_load_gap_{part}"]) for part in ("fit", "held_out"))]
+            cells += [number(bounds[f"objective_bound_{part}"]), percent(bounds[f"objective_gap_{part}"])]
+        loads = [percent(bounds[f"max_load_gap_{part}"]) for part in ("fit", "held_out")]
+        return [*(number(metrics[f"objective_{part}"]["mean"]) for part in ("fit", "held_out")), *cells, *loads]
 
-    return _table(
-        "Transfer objective per token and layer, and largest load, above their lower bounds", found, columns, row
+    title = (
+        "Transfer objective per token and layer | first split: its lower bound, (cost - bound) / cost | largest load"
+    )
+    return _table(title, found, columns, row)
+
+
+def _clock_line(policy: Values) -> Text:
+    bounds = policy["bounds"]
+    return Text(
+        f"{policy['policy']}, first split: the closed form's time of all layers, {format_time(bounds['clock_fit_s'])}, "
+        f"is at least {format_time(bounds['clock_bound_fit_s'])} (gap {percent(bounds['clock_gap_fit'])})"
     )
 
 
@@ -161,11 +184,11 @@ def _time(value: Values | None) -> str:
     return "-" if value is None else format_time(value["mean"])
 
 
-def number(value: Values | None) -> str:
-    """Return a mean with three digits, a dash for none."""
-    return "-" if value is None else f"{value['mean']:.3f}"
+def number(value: float | None) -> str:
+    """Return a number with three digits, a dash for none."""
+    return "-" if value is None else f"{value:.3f}"
 
 
-def percent(value: Values | None) -> str:
+def percent(value: float | None) -> str:
     """Return a share in %, a dash for none."""
-    return "-" if value is None else f"{100 * value['mean']:.1f} %"
+    return "-" if value is None else f"{100 * value:.1f} %"

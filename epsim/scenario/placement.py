@@ -1,12 +1,13 @@
 """The `placement` section of a scenario: `PlacementSpec`, a spec for each policy."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from epsim.scenario.base import NonNegativeInt, PositiveInt, Seed, StrictModel, Time
 
 Base = Literal["contiguous", "round_robin", "modality_bins", "coactivation", "balanced_coactivation"]
+SearchStart = Literal["contiguous", "modality_bins", "coactivation", "balanced_coactivation"]
 
 
 class ContiguousSpec(StrictModel):
@@ -86,6 +87,17 @@ class BalancedCoactivationSpec(CoactivationSpec):
     max_load: Annotated[float, Field(ge=1, le=100)] = 1.1
 
 
+class PredictedTimeSpec(StrictModel):
+    """A search on the simulator's time of each layer, from the best of the `start` policies."""
+
+    policy: Literal["predicted_time"]
+    max_evaluations: PositiveInt = 400
+    start: Annotated[list[SearchStart], Field(min_length=1)] = Field(
+        default_factory=lambda: list(get_args(SearchStart))
+    )
+    seed: Seed = 0
+
+
 class EplbHierarchicalSpec(StrictModel):
     """DeepSeek's EPLB: expert groups onto nodes, then redundant experts and devices in each node."""
 
@@ -125,6 +137,7 @@ PlacementSpec = Annotated[
     | ModalityBinsSpec
     | CoactivationSpec
     | BalancedCoactivationSpec
+    | PredictedTimeSpec
     | EplbHierarchicalSpec
     | EplbGlobalSpec
     | ReplicatedSpec

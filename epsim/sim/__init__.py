@@ -6,7 +6,7 @@ Engines (`simulate_step`): "event" (compiled), "simpy" (the same, readable and s
 from typing import Literal
 
 from epsim.cluster import Cluster
-from epsim.sim.analytic import check_closed_form, simulate_analytic
+from epsim.sim.analytic import check_closed_form, network_of, simulate_analytic, simulate_layers
 from epsim.sim.engine import Execution, simulate_events
 from epsim.sim.planner import StepPlanner, Transmission
 from epsim.sim.replica_planner import ReplicaPlanner
@@ -36,5 +36,7 @@ __all__ = [
     "StepResult",
     "Transmission",
     "check_closed_form",
+    "network_of",
+    "simulate_layers",
     "simulate_step",
 ]

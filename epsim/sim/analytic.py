@@ -1,11 +1,14 @@
 """The closed form of a step: `simulate_analytic`, formulas over layers and pairs of devices, without events.
 
+`simulate_layers`: the same for each layer of a plan alone, for searches that ask often.
+
 Written apart from the event engine, as its oracle: where no two flows of an exchange (all dispatches of a layer, say)
 share a link, and none waits for another or for its own messages of the layer before, the two agree to rounding. Under
 contention: see `epsim.sim.closed_form`.
 Letters: L MoE layers, C chunks, R devices, N nodes, X links, H hops, F flows of an exchange (R R or R N of them).
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -13,27 +16,33 @@ import numpy as np
 from epsim.cluster import Cluster
 from epsim.errors import ScenarioError
 from epsim.sim.closed_form import Network, asynchronous, send, sync, two_batch
+from epsim.sim.closed_form_layers import asynchronous_layers, sync_layers, two_batch_layers
 from epsim.sim.engine import collect_parts
-from epsim.sim.step import Barriers, Floats, StepPlan, StepResult
+from epsim.sim.step import Barriers, Floats, Mode, StepPlan, StepResult
+
+_FIDELITY = ('simulation.fidelity: "analytic"', "event")
 
 
-def check_closed_form(cluster: Cluster, barriers: Barriers) -> None:
-    """Raise a ScenarioError where the closed form has no formula for what a cluster or a step's barriers are like."""
+def check_closed_form(cluster: Cluster, barriers: Barriers, asked: tuple[str, str] = _FIDELITY) -> None:
+    """Raise a ScenarioError where the closed form has no formula for what a cluster or a step's barriers are like.
+
+    asked: the field and value that ask for the closed form, and what to write there instead.
+    """
     for link in cluster.links:
         for field, value in (("burst", link.burst_bytes), ("ack_overhead", link.ack_overhead_frac)):
             if value > 0:
-                _refuse(f'{field} (of the link "{link.name}")')
+                _refuse(f'{field} (of the link "{link.name}")', asked)
     for device in cluster.devices:
         costs = {"send_overhead": device.send_overhead_s, "send_bandwidth": device.send_bytes_per_s}
         for field, cost in {**costs, "receive_overhead": device.receive_overhead_s}.items():
             if cost:
-                _refuse(f"messaging.{field} (of the device {device.name})")
+                _refuse(f"messaging.{field} (of the device {device.name})", asked)
     if barriers == "own":
-        _refuse("transmission.barriers: own")
+        _refuse("transmission.barriers: own", asked)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ScenarioError(f'simulation.fidelity: "analytic" has no formula for {what}; write event')
+def _refuse(what: str, asked: tuple[str, str] = _FIDELITY) -> NoReturn:
+    raise ScenarioError(f"{asked[0]} has no formula for {what}; write {asked[1]}")
 
 
 def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
@@ -41,17 +50,9 @@ def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
     check_closed_form(cluster, plan.barriers)
     if plan.message_costs is not None:
         _refuse("what messages cost the devices")
-    network = _network(plan, cluster)
-    exchange = tuple(
-        np.concatenate([_by_flow(getattr(batch, name)) for batch in plan.batches], axis=2)
-        for name in (
-            "dispatch_bytes_LCRR",
-            "combine_bytes_LCRR",
-            "node_dispatch_bytes_LCRN",
-            "node_combine_bytes_LCRN",
-        )
-    )
-    dispatch_LR, combine_LR, host_LR, waiting_LR, front_end_LR, device_end_s_R = _recursion(plan, exchange, network)
+    network, exchange = network_of(plan, cluster), _exchange(plan)
+    formula, durations = _formula(plan, [batch.front_s_LR for batch in plan.batches])
+    dispatch_LR, combine_LR, host_LR, waiting_LR, front_end_LR, device_end_s_R = formula(*durations, exchange, network)
     device_end_s_R = device_end_s_R + plan.tail_s_R
     kv_bytes_LF, ready_LF = _kv_flows(plan, front_end_LR, device_end_s_R)
     kv_arrival_FL = send(
@@ -73,33 +74,64 @@ def simulate_analytic(plan: StepPlan, cluster: Cluster) -> StepResult:
     )
 
 
+_OF_LAYERS: Mapping[Mode, Callable[..., Floats]] = {
+    "sync": sync_layers,
+    "async": asynchronous_layers,
+    "two_batch": two_batch_layers,
+}
+
+
+def simulate_layers(plan: StepPlan, after_s_LR: Floats, network: Network) -> Floats:
+    """Return when the last device has ended each layer of a plan, were the layer a step by itself: float64 [L].
+
+    The closed form, for plans that it knows (`check_closed_form`). vision_s_R, head_s_R, step_s_R and KV caches of the
+    plan do not count. after_s_LR: what each device does after the layer and its results. network: `network_of` a plan.
+    """
+    fronts = []
+    for batch in plan.batches:
+        front_s_LR = batch.attention_s_LR + batch.dense_ffn_s_LR + batch.router_s_LR + batch.home_experts_s_LR
+        fronts.append(front_s_LR + batch.pack_s_LR + (batch.copy_s_LR if plan.mode == "two_batch" else 0.0))
+        after_s_LR = after_s_LR + batch.reduce_s_LR
+    _, durations = _formula(plan, fronts)
+    ends_s_L: Floats = _OF_LAYERS[plan.mode](*durations, _exchange(plan), network, after_s_LR)
+    return ends_s_L
+
+
+def _exchange(plan: StepPlan) -> tuple[Floats, ...]:
+    """Return the bytes of dispatch and combine, and between nodes, [L, F, C] each."""
+    names = "dispatch_bytes_LCRR", "combine_bytes_LCRR", "node_dispatch_bytes_LCRN", "node_combine_bytes_LCRN"
+    if plan.second is None:
+        return tuple(_by_flow(getattr(plan, name)) for name in names)
+    return tuple(np.concatenate([_by_flow(getattr(batch, name)) for batch in plan.batches], axis=2) for name in names)
+
+
 def _by_flow(values_LCRX: Floats) -> Floats:
     """Return [L, F, C]."""
     layers, chunks = values_LCRX.shape[:2]
     return np.ascontiguousarray(np.moveaxis(values_LCRX, 1, 3)).reshape(layers, -1, chunks)
 
 
-def _recursion(plan: StepPlan, exchange: tuple[Floats, ...], network: Network) -> tuple[Floats, ...]:
-    """Run the recursion of the plan's mode: idle times by layer, when fronts end, and when devices are done."""
+def _formula(plan: StepPlan, fronts: Sequence[Floats]) -> tuple[Callable[..., tuple[Floats, ...]], tuple[Floats, ...]]:
+    """Return the recursion of the plan's mode and the durations that it takes; fronts: [L, R] of each micro-batch.
+
+    The recursion returns idle times by layer, when fronts end, and when devices are done.
+    """
     overlapped = [batch.overlap_shared * batch.shared_s_LR for batch in plan.batches]
     experts = [
         batch.experts_copy_s_LR + batch.experts_s_LR + batch.shared_s_LR - own
         for batch, own in zip(plan.batches, overlapped, strict=True)
     ]
-    times: tuple[Floats, ...]
     if plan.mode == "async":
         local_s_LR = plan.copy_s_LR + plan.local_s_LR + plan.shared_s_LR
         remote_s_LFC = _by_flow(plan.remote_s_LCRR + plan.served_s_LCRR)
-        times = asynchronous(plan.front_s_LR, plan.host_s_LR, local_s_LR, remote_s_LFC, exchange, network)
-    elif plan.mode == "sync":
-        times = sync(plan.front_s_LR, plan.host_s_LR, overlapped[0], experts[0], exchange, network)
-    else:
-        fronts = np.stack([batch.front_s_LR for batch in plan.batches])
-        times = two_batch(fronts, plan.hosts_s_LR, np.stack(overlapped), np.stack(experts), exchange, network)
-    return times
+        return asynchronous, (fronts[0], plan.host_s_LR, local_s_LR, remote_s_LFC)
+    if plan.mode == "sync":
+        return sync, (fronts[0], plan.host_s_LR, overlapped[0], experts[0])
+    return two_batch, (np.stack(fronts), plan.hosts_s_LR, np.stack(overlapped), np.stack(experts))
 
 
-def _network(plan: StepPlan, cluster: Cluster) -> Network:
+def network_of(plan: StepPlan, cluster: Cluster) -> Network:
+    """Return what the formulas know of the network of a plan."""
     home_RR, device_RR = np.indices((plan.num_devices, plan.num_devices))
     node_R, gateway_RN = plan.node_of_device_R, plan.gateway_RN
     far_RR = plan.via_gateway(home_RR, device_RR)

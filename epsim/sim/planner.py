@@ -3,7 +3,7 @@
 Letters: L MoE layers, C chunks, R devices, N nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +40,7 @@ class StepPlanner:
     def __init__(self, model: ModelCard, cluster: Cluster, cost: Cost, transmission: Transmission) -> None:
         self._model = model
         self._cost = cost
-        self._transmission = transmission
+        self.transmission = transmission
         self._node_of_device_R = cluster.node_of_device_R.astype(np.int32)
         self._barrier_factor_R = np.ones(cluster.num_devices)
         if transmission.mode == "sync":
@@ -59,35 +59,54 @@ class StepPlanner:
 
         works: what the home tokens ask for; in mode two_batch of each micro-batch, the chunks of the traffic.
         """
-        if self._transmission.mode != "two_batch":
+        if self.transmission.mode != "two_batch":
             return self._plan(works[0], traffic, kv_tokens_RR)
         first = self._plan(works[0], traffic.of_chunk(0), kv_tokens_RR)
         second = self._plan(works[1], traffic.of_chunk(1), np.zeros_like(kv_tokens_RR))
         return replace(first, second=second)
 
+    def plan_layers(self, homes: Sequence[Mapping[str, Floats]], traffic: StepTraffic) -> StepPlan:
+        """Return a plan whose layers are each a step by itself (`simulate_layers`), without KV caches.
+
+        homes: of each micro-batch what homes compute in each of these steps, [L, R] under the names of `StepPlan`;
+        copy_s_LR is added to that of the traffic.
+        """
+        chunks = (
+            [traffic] if self.transmission.mode != "two_batch" else [traffic.of_chunk(c) for c in range(len(homes))]
+        )
+        no_kv_LRR = np.zeros((traffic.pairs_LCRR.shape[0], *traffic.pairs_LCRR.shape[2:]))
+        plans = [self._served(fields, chunk, no_kv_LRR) for fields, chunk in zip(homes, chunks, strict=True)]
+        return plans[0] if len(plans) == 1 else replace(plans[0], second=plans[1])
+
     def _plan(self, work: HomeWork, traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
-        messages, num_layers = self._messages(traffic), traffic.pairs_LCRR.shape[0]
+        num_layers = traffic.pairs_LCRR.shape[0]
         takes_part_R = (work.tokens_R > 0) | traffic.device_pairs_LR.any(axis=0)
+        homes = self._home_times(work, num_layers)
+        homes |= {"host_s_LR": self._host_s_LR(num_layers) * takes_part_R, "copy_s_LR": np.zeros(1)}
+        return self._served(homes, traffic, self._kv_bytes(kv_tokens_RR, num_layers))
+
+    def _served(self, homes: Mapping[str, Floats], traffic: StepTraffic, kv_bytes_LRR: Floats) -> StepPlan:
+        """Return the plan of what homes compute, and of what follows from the traffic."""
+        messages = self._messages(traffic)
+        fields = {**homes, "copy_s_LR": homes["copy_s_LR"] + self._copy_s_LR(messages)}
         plan = StepPlan(
-            mode=self._transmission.mode,
-            **self._home_times(work, num_layers),
-            host_s_LR=self._host_s_LR(num_layers) * takes_part_R,
+            mode=self.transmission.mode,
+            **fields,
             **self._expert_times(traffic),
             **messages,
-            copy_s_LR=self._copy_s_LR(messages),
             **self._message_times(traffic),
             gateway_RN=self._gateway_RN,
             node_of_device_R=self._node_of_device_R,
-            kv_bytes_LRR=self._kv_bytes(kv_tokens_RR, num_layers),
-            overlap_kv=self._transmission.overlap_kv,
-            overlap_shared=self._transmission.overlap_shared,
-            connections=self._transmission.connections,
-            barriers=self._transmission.barriers,
+            kv_bytes_LRR=kv_bytes_LRR,
+            overlap_kv=self.transmission.overlap_kv,
+            overlap_shared=self.transmission.overlap_shared,
+            connections=self.transmission.connections,
+            barriers=self.transmission.barriers,
             second=None,
             message_costs=self._message_costs,
             step_s_R=self._step_s_R,
         )
-        if self._transmission.mode == "sync" or not self._background_s_per_byte_R.any():
+        if self.transmission.mode == "sync" or not self._background_s_per_byte_R.any():
             return plan
         return replace(plan, copy_s_LR=plan.copy_s_LR + plan.moved_bytes_LR * self._background_s_per_byte_R)
 
@@ -129,7 +148,7 @@ class StepPlanner:
             "local_s_LR": np.zeros(traffic.device_pairs_LR.shape),
             "remote_s_LCRR": np.zeros(traffic.pairs_LCRR.shape),
         }
-        if self._transmission.mode == "async":
+        if self.transmission.mode == "async":
             local = np.arange(len(self._node_of_device_R))
             pairs_LR = traffic.pairs_LCRR.sum(axis=1)[:, local, local]
             times["local_s_LR"] = cost.experts_s(pairs_LR, traffic.source_experts_LRR[:, local, local])
@@ -141,7 +160,7 @@ class StepPlanner:
 
     def _message_times(self, traffic: StepTraffic) -> dict[str, Floats]:
         """What homes do for each message that leaves and that comes back, and devices for each that arrives."""
-        vectors_LCRR = traffic.pairs_LCRR if self._transmission.dedup == "none" else traffic.tokens_LCRR
+        vectors_LCRR = traffic.pairs_LCRR if self.transmission.dedup == "none" else traffic.tokens_LCRR
         arrived_LCRR = vectors_LCRR * (1 - np.eye(len(self._node_of_device_R), dtype=np.int64))
         sent_LCRX = arrived_LCRR  # by home and destination
         if self._gateway_RN is not None:
@@ -171,9 +190,9 @@ class StepPlanner:
         return near_s_LR + self._copy_time.seconds_LR(*via_gateway)
 
     def _messages(self, traffic: StepTraffic) -> dict[str, Floats]:
-        form = self._transmission.message_format
+        form = self.transmission.message_format
         pairs = traffic.pairs_LCRR
-        vectors = pairs if self._transmission.dedup == "none" else traffic.tokens_LCRR
+        vectors = pairs if self.transmission.dedup == "none" else traffic.tokens_LCRR
         node_tokens, node_pairs = self._across_nodes(traffic)
         return {
             "dispatch_bytes_LCRR": _off_diagonal(form.dispatch_bytes(vectors, pairs)),

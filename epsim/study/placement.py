@@ -21,6 +21,11 @@ from epsim.study.specialise import EPSIM
 Found = dict[str, Any]
 SCENARIOS = ("scenarios/digits.yaml", "scenarios/digits-2x4.yaml")
 TRACES = "traces"
+WITH_PARAMETERS = (
+    "eplb_hierarchical,num_groups=8",
+    "eplb_hierarchical,num_groups=8,redundant_experts=8",
+    "eplb_global,redundant_experts=8",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,8 @@ class PlacementStudy:
         """Yield the cases whose values are not there, or are of something else. Raises InputError for wrong files."""
         for scenario, trace in self.cases:
             if self.read(scenario, trace) is None:
-                words = ("place", str(trace), "--scenario", str(scenario), "--policy", ALL)
+                words = ["place", str(trace), "--scenario", str(scenario)]
+                words += [word for policy in (ALL, *WITH_PARAMETERS) for word in ("--policy", policy)]
                 yield Task(
                     label=f"{scenario.stem}, {trace.stem}",
                     arguments=(*words, "--seeds", str(self.num_seeds), "--json"),
@@ -65,7 +71,7 @@ class PlacementStudy:
         try:
             found: Any = json.loads(self.file(scenario, trace).read_text(encoding="utf-8"))
             listed = {entry["policy"] for entry in (*found["policies"], *found["left_out"])}
-            same = listed == set(POLICIES) and all(found[name] == asked[name] for name in asked)
+            same = listed == {*POLICIES, *WITH_PARAMETERS} and all(found[name] == asked[name] for name in asked)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if same else None
