@@ -1,4 +1,4 @@
-"""One static batch from its trace rows to its records: `Deployment`, `step_inputs`, `step_tokens`, `run_steps`.
+"""One static batch from its trace rows to its records: `Deployment`, `BatchRun`, `step_inputs`, `run_steps`, ..
 
 A batch is prefilled in one step; the first output token of every request is there at its end. Each decode step then
 takes one token of every request that still has some. A step starts when the one before it has ended on all devices
@@ -153,12 +153,12 @@ def run_steps(
 
 
 class BatchRun:
-    """A batch's rows of the trace and what follows from them for its steps."""
+    """A batch's rows of the trace and its steps; `deployment` may become another with the same homes between two."""
 
     def __init__(
         self, deployment: Deployment, request_ids: npt.NDArray[np.integer], max_output_tokens: int | None
     ) -> None:
-        self._deployment = deployment
+        self.deployment = deployment
         self._homes = deployment.layout.homes.assign(len(request_ids))
         self._rows = rows = deployment.trace.select(request_ids)
         if deployment.check_rows:
@@ -188,7 +188,7 @@ class BatchRun:
 
     def input(self, step: int) -> StepInput:
         """Return what is known of a step before it runs."""
-        deployment, tokens = self._deployment, self.tokens(step)
+        deployment, tokens = self.deployment, self.tokens(step)
         return StepInput(
             step=step,
             num_tokens=len(tokens.home_T),
@@ -202,9 +202,9 @@ class BatchRun:
 
     def _counts(self, tokens: StepTokens) -> npt.NDArray[np.int64]:
         """Return `StepInput.counts_M4`."""
-        if self._deployment.model.moe is None:
+        if self.deployment.model.moe is None:
             return np.zeros((2, 4), dtype=np.int64)
-        device_of_expert_RLE = self._deployment.layout.placement.device_of_expert_RLE
+        device_of_expert_RLE = self.deployment.layout.placement.device_of_expert_RLE
         counts_M4: npt.NDArray[np.int64] = count_remote(
             tokens.topk_expert_ids_TLK, tokens.home_T, tokens.modality_T, device_of_expert_RLE
         )
@@ -212,14 +212,14 @@ class BatchRun:
 
     def _serving(self, step: int) -> npt.NDArray[np.bool_]:
         """Return `StepInput.serving_R`."""
-        d = self._deployment
+        d = self.deployment
         if d.model.moe is None:
             return np.zeros(d.cluster.num_devices, dtype=np.bool_)
         return d.layout.serving_R(d.layout.homes.prefill_devices if step == 0 else d.layout.homes.decode_devices)
 
     def _works(self, tokens: StepTokens) -> tuple[HomeWork, ...]:
         """Return the work of each micro-batch. Images and outputs count for the first: they are computed together."""
-        d, num_devices = self._deployment, self._deployment.cluster.num_devices
+        d, num_devices = self.deployment, self.deployment.cluster.num_devices
         batch_T = d.counter.chunk_of_token_T(tokens.home_T) if d.num_micro_batches > 1 else np.zeros_like(tokens.home_T)
         home_Q = np.zeros(len(self._prompt_Q), dtype=np.int32)
         home_Q[tokens.request_T] = tokens.home_T
@@ -252,7 +252,7 @@ class BatchRun:
 
     def _images(self, tokens: StepTokens) -> npt.NDArray[np.int64]:
         """Return how many images the vision tokens of each request fill, in a prefill."""
-        vision = self._deployment.model.vision
+        vision = self.deployment.model.vision
         if vision is None or tokens.step > 0:
             return np.zeros_like(self._prompt_Q)
         is_vision_T = tokens.modality_T == Modality.VISION
@@ -261,7 +261,7 @@ class BatchRun:
 
     def _moving_kv_tokens(self, step: int) -> npt.NDArray[np.int64]:
         """Return [R, R]: tokens whose KV cache moves after the prefill, of the requests that decode at all."""
-        moving_RR = np.zeros((self._deployment.cluster.num_devices,) * 2, dtype=np.int64)
+        moving_RR = np.zeros((self.deployment.cluster.num_devices,) * 2, dtype=np.int64)
         if step == 0 and self.num_steps > 1:
             decoding_Q = np.unique(self._request_T[self._rows.step_T == 1])
             route = (self._homes.prefill_Q[decoding_Q], self._homes.decode_Q[decoding_Q])

@@ -5,6 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from epsim.cli_place_replay import (
+    BatchSize,
+    Every,
+    MatchDevices,
+    Plot,
+    Replay,
+    ReplayOptions,
+    Then,
+    Window,
+    refuse_others,
+    replay_place,
+)
 from epsim.cli_trace import Overrides
 from epsim.console import print_in_full, progress
 from epsim.errors import InputError
@@ -36,7 +48,9 @@ def place(
     ] = None,
     cluster: Annotated[str | None, typer.Option(metavar="NAME", help="Preset or *.yaml.")] = None,
     overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="Random splits of the requests, seeds 0 to N - 1.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="Random splits of the requests, seeds 0 to N - 1; default: 5.")
+    ] = None,
     fit_share: Annotated[float, typer.Option(metavar="SHARE", help="Of the requests, to fit to.")] = 0.5,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the placement, fitted to all requests (JSON).")
@@ -47,11 +61,21 @@ def place(
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Also print who sends how much to whom.")] = False,
     heat_map: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw that into this folder (PNG).")] = None,
+    replay: Replay = False,
+    every: Every = None,
+    window: Window = None,
+    batch_size: BatchSize = None,
+    then: Then = None,
+    match_devices: MatchDevices = None,
+    plot: Plot = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print all values instead of tables.")] = False,
 ) -> None:
     """Compare placement policies on requests that they were not fitted to.
 
     epsim place traces/digits-soft.arrow --policy all --scenario scenarios/digits.yaml
+
+    With --replay: in the order of the requests, a placement fitted to the first of them against one that is refitted
+    to recent steps, with the weights that it moves.
     """
     from epsim.atomic import check_folder, check_outputs
     from epsim.lab.choice import check_metric
@@ -61,6 +85,15 @@ def place(
 
     if not policy:
         raise InputError("--policy: is missing; write e.g. --policy contiguous --policy modality_bins, or --policy all")
+    of_replay = ReplayOptions(
+        every=every, window=window, batch_size=batch_size, then=then, match_devices=match_devices, plot=plot
+    )
+    if replay:
+        refuse_others({"--seeds": seeds, "--out": out, "--best": best, "--pairs": pairs, "--heat-map": heat_map})
+        question = ask(trace, scenario=scenario, model=model, cluster=cluster, overrides=overrides or ())
+        replay_place(question, policy, baseline, fit_share=fit_share, options=of_replay, json_output=json_output)
+        return
+    of_replay.refuse()
     if best is not None:
         check_metric(best)
         if out is None:
@@ -71,7 +104,7 @@ def place(
         check_folder(heat_map)
     question = ask(trace, scenario=scenario, model=model, cluster=cluster, overrides=overrides or ())
     chosen = choose(policy, baseline, question)
-    design = Design(num_seeds=seeds, fit_share=fit_share)
+    design = Design(fit_share=fit_share) if seeds is None else Design(num_seeds=seeds, fit_share=fit_share)
     check_design(question, design)
     found, placement = run_to_end(
         lambda: _run(question, chosen, design, writes=out is not None, best=best), "no file was written"

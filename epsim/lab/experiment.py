@@ -119,19 +119,8 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
 def header(question: Question, design: Design) -> dict[str, Any]:
     """Return what a comparison is of: its trace, scenario, devices, splits and batches."""
     num_fit, num_held_out = check_design(question, design)
-    meta, spec = question.trace.meta, question.spec
     return {
-        "epsim_version": __version__,
-        "trace": {
-            "name": question.trace.name,
-            "kind": meta.kind,
-            "description": meta.words,
-            "num_requests": len(question.trace.requests),
-            "num_tokens": question.trace.num_tokens,
-        },
-        "scenario": spec.model_dump(mode="json", by_alias=True, exclude={"placement"}),
-        "devices": [device.name for device in question.cluster.devices],
-        "node_of_device": [int(node) for node in question.cluster.node_of_device_R],
+        **about(question),
         "design": {
             "num_seeds": design.num_seeds,
             "fit_share": design.fit_share,
@@ -141,8 +130,26 @@ def header(question: Question, design: Design) -> dict[str, Any]:
         },
         "batches": [
             {"batch_size": size, "num_batches": question.num_batches(size, num_held_out)}
-            for size in spec.workload.batch_sizes
+            for size in question.spec.workload.batch_sizes
         ],
+    }
+
+
+def about(question: Question) -> dict[str, Any]:
+    """Return the trace, the scenario and the devices of a question."""
+    meta = question.trace.meta
+    return {
+        "epsim_version": __version__,
+        "trace": {
+            "name": question.trace.name,
+            "kind": meta.kind,
+            "description": meta.words,
+            "num_requests": len(question.trace.requests),
+            "num_tokens": question.trace.num_tokens,
+        },
+        "scenario": question.spec.model_dump(mode="json", by_alias=True, exclude={"placement"}),
+        "devices": [device.name for device in question.cluster.devices],
+        "node_of_device": [int(node) for node in question.cluster.node_of_device_R],
     }
 
 

@@ -100,7 +100,7 @@ def ask(
             f'parallelism.kind: "{spec.parallelism.kind}" spreads experts another way; policies are compared under ep'
         )
     card, built = model_and_cluster(spec)
-    source, load_MLE = checked_trace(spec.trace, card, _one_request(spec))
+    source, load_MLE = checked_trace(spec.trace, card, one_request(spec))
     return Question(
         raw=raw, spec=spec, model=card, cluster=built, trace=source, load_MLE=load_MLE, most_batches=most_batches
     )
@@ -124,7 +124,7 @@ def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: st
     return raw
 
 
-def _one_request(spec: ScenarioSpec) -> WorkloadSpec:
+def one_request(spec: ScenarioSpec) -> WorkloadSpec:
     """Return a workload that any trace has the requests for; batches are counted later."""
     return spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
 
