@@ -58,6 +58,8 @@ def placement_problem(
             node_of_device_R,
             expected_homes(spec, cluster.num_devices).share_FR(cluster.num_devices),
             by_node=spec.transmission.dedup == "node",
+            per_pair=spec.transmission.dedup == "none",
+            gateway_RN=cluster.gateway_RN,
             same_node=same_node,
             other_node=other_node,
         ),

@@ -225,6 +225,15 @@ class Cluster:
         devices = self.devices_of_node[node]
         return devices[int(self.index_in_node_R[src_device]) % len(devices)]
 
+    @cached_property
+    def gateway_RN(self) -> NDArray[np.int32]:
+        """Return `gateway` of every device and node, int32 (R, N), read-only."""
+        nodes = range(self.num_nodes)
+        gateways = [[self.gateway(device, node) for node in nodes] for device in range(self.num_devices)]
+        gateway_RN = np.array(gateways, dtype=np.int32)
+        _frozen(gateway_RN)
+        return gateway_RN
+
     def route(self, src_device: int, dst_device: int) -> tuple[Link, ...]:
         """Return the links from src_device to dst_device in order; empty for a device to itself."""
         return tuple(self.links[link] for link in self.routes_RRH[src_device, dst_device] if link >= 0)

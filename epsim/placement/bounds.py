@@ -28,6 +28,7 @@ def transfer_bound_L(
     """
     if slots_per_device * objective.num_devices < num_experts:
         raise ValueError("the slots must hold all experts")
+    num_tokens, tokens = max(1, tokens.num_tokens), objective.charged(tokens)
     parts = _parts(objective, tokens, num_experts, slots_per_device)
 
     def bound(ids_TK: npt.NDArray[np.integer]) -> float:
@@ -36,15 +37,15 @@ def transfer_bound_L(
             for part in parts
         )
 
-    return np.array([bound(ids_TK) for ids_TK in tokens.ids_LTK]) / max(1, tokens.num_tokens)
+    return np.array([bound(ids_TK) for ids_TK in tokens.ids_LTK]) / num_tokens
 
 
 def max_load_bound_L(load_LE: npt.NDArray[np.integer], num_devices: int, slots_per_device: int) -> Floats:
     """Return what the load of a layer's fullest device is at least; a replicated expert's load is split evenly.
 
     The largest of: the mean; the load of an expert over the most copies that fit; and without redundant slots also,
-    for each n, the n smallest of the n (devices - 1) + ... experts that cannot all be apart (pigeonhole), with the
-    smallest experts in the slots that are left.
+    for each n, the n smallest of the (n - 1) R + 1 largest experts, of which n share a device (pigeonhole), with the
+    smallest experts of all in the slots that are left there.
     """
     num_experts = load_LE.shape[1]
     down_LE = -np.sort(-load_LE.astype(np.float64), axis=1)

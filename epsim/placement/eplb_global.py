@@ -26,5 +26,5 @@ class EplbGlobal:
     def place(self, problem: PlacementProblem) -> Placement:
         """Raise PlacementError where the slots do not divide over the devices."""
         num_slots = count_slots(problem, self.redundant_experts)
-        load_LE = problem.expert_load_MLE.sum(axis=0).astype(float)
+        load_LE = problem.load_LE.astype(float)
         return problem.placement(self.kind, replicate_and_pack(load_LE, num_slots, problem.num_devices))

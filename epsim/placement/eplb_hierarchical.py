@@ -40,7 +40,7 @@ class EplbHierarchical:
         """Raise PlacementError where groups, nodes or slots do not divide: nothing else is placed in their stead."""
         num_slots, num_nodes = self._validate(problem)
         num_layers, group_size = problem.num_layers, problem.num_experts // self.num_groups
-        load_LE = problem.expert_load_MLE.sum(axis=0).astype(float)
+        load_LE = problem.load_LE.astype(float)
         load_LG = load_LE.reshape(num_layers, self.num_groups, group_size).sum(axis=2)
         group_LG = pack(load_LG, num_nodes)
         expert_LE = (group_LG[:, :, None] * group_size + np.arange(group_size)).reshape(num_layers, -1)

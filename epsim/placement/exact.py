@@ -39,7 +39,7 @@ class Exact:
 
     def place(self, problem: PlacementProblem) -> Placement:
         problem.require_even_split()
-        tokens = FitTokens.of(problem.require_trace(self.kind), self.max_tokens)
+        tokens = problem.objective.charged(FitTokens.of(problem.require_trace(self.kind), self.max_tokens))
         device_of_expert_LE = []
         for layer, ids_TK in enumerate(tokens.ids_LTK):
             program = _Program.of(ids_TK, tokens.phase_T, problem.objective, problem.num_experts)

@@ -29,12 +29,14 @@ class TransferObjective:
     device_cost_SR, node_cost_SN: float64, what a token of a source pays once for each device, and once for each node,
         that it touches; node costs are 0 without node-level dedup.
     node_of_device_R: int32.
+    per_pair: a token pays for a device once for each of its experts there, as it travels without dedup.
     """
 
     home_share_FS: Floats
     device_cost_SR: Floats
     node_cost_SN: Floats
     node_of_device_R: npt.NDArray[np.int32]
+    per_pair: bool = False
 
     def __post_init__(self) -> None:
         num_sources, num_devices = self.device_cost_SR.shape
@@ -52,12 +54,16 @@ class TransferObjective:
         home_share_FR: Floats,
         *,
         by_node: bool,
+        per_pair: bool = False,
         same_node: float = 1.0,
         other_node: float = 1.0,
+        gateway_RN: npt.NDArray[np.integer] | None = None,
     ) -> Self:
         """Return the objective of a cluster in which all devices may be homes.
 
-        by_node: node-level dedup. same_node, other_node: the cost of a vector between devices of one node, of two.
+        by_node: node-level dedup. per_pair: no dedup. same_node, other_node: the cost of a vector between devices of
+        one node, of two. gateway_RN: by which device of a node its vectors come from a source; it need not pass them
+        on to itself. None: to every device of another node they are passed on.
         """
         nodes_R = np.asarray(node_of_device_R, np.int32)
         is_near_RR = nodes_R[:, None] == nodes_R
@@ -65,11 +71,14 @@ class TransferObjective:
         across = same_node if by_node else other_node  # a vector for another node has been paid for with the node
         device_cost_RR = np.where(is_near_RR, same_node, across).astype(np.float64)
         np.fill_diagonal(device_cost_RR, 0.0)
+        if by_node and gateway_RN is not None:
+            device_cost_RR[np.arange(len(nodes_R))[:, None], gateway_RN] = 0.0
         return cls(
             home_share_FS=home_share_FR,
             device_cost_SR=device_cost_RR,
             node_cost_SN=np.where(is_own_RN, 0.0, other_node if by_node else 0.0),
             node_of_device_R=nodes_R,
+            per_pair=per_pair,
         )
 
     @classmethod
@@ -105,13 +114,13 @@ class TransferObjective:
         )
 
     def cost_L(self, tokens: "FitTokens", device_of_expert_RLE: npt.NDArray[np.int32]) -> Floats:
-        """Return the mean cost of a token in each layer, float64 [L].
+        """Return the mean cost of a token in each layer, float64 [L]: what `charged` tokens pay for what they touch.
 
         device_of_expert_RLE: to which device each source sends the tokens of an expert (`Placement`); sources that no
         token lives on may be left out of the sum, and all are alike without replicas.
         """
-        num_layers = tokens.ids_LTK.shape[0]
-        total_L = np.zeros(num_layers)
+        num_layers, num_tokens = tokens.ids_LTK.shape[0], max(1, tokens.num_tokens)
+        tokens, total_L = self.charged(tokens), np.zeros(num_layers)
         same = bool((device_of_expert_RLE == device_of_expert_RLE[:1]).all())
         if not same and device_of_expert_RLE.shape[0] != self.home_share_FS.shape[1]:
             raise ValueError("a placement with replicas needs its devices to be the sources")
@@ -126,7 +135,19 @@ class TransferObjective:
                     device_cost_FR,
                     node_cost_FN,
                 )
-        return total_L / max(1, tokens.num_tokens)
+        return total_L / num_tokens
+
+    def charged(self, tokens: "FitTokens") -> "FitTokens":
+        """Return the tokens in the form in which each pays once for what it touches: per pair, one for each expert."""
+        if not self.per_pair:
+            return tokens
+        num_layers, _, topk = tokens.ids_LTK.shape
+        return replace(
+            tokens,
+            ids_LTK=tokens.ids_LTK.reshape(num_layers, -1, 1),
+            phase_T=np.repeat(tokens.phase_T, topk),
+            modality_T=np.repeat(tokens.modality_T, topk),
+        )
 
     def _by_source(self) -> Iterator[tuple[Floats, Floats, int]]:
         for source, share_F in enumerate(self.home_share_FS.T):

@@ -5,6 +5,7 @@ Letters: L MoE layers, E logical experts, P slots, R devices, T tokens, K top-k.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Protocol, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from epsim.errors import PlacementError
 from epsim.placement.objective import TransferObjective
 from epsim.placement.placement import IntArray, Placement
 from epsim.trace import Phase, TraceSource
+from epsim.trace.statistics import expert_load_by_phase
 
 
 class LayerClock(Protocol):
@@ -30,11 +32,12 @@ class LayerClock(Protocol):
 class PlacementProblem:
     """What a policy may know: the shape, the devices, and the routing to fit to.
 
-    expert_load_MLE: int64 [modality (text, vision), L, E], counts of routed tokens over the whole trace.
+    expert_load_MLE: int64 [modality (text, vision), L, E], counts of routed tokens over the whole trace, both phases.
     node_of_device_R: int32 [R].
     trace: the rows to fit to; None where only the loads are known, and policies that need more raise.
     transfer: what a token's transfers cost; None: every remote device costs 1, and tokens live anywhere.
     clock: makes the simulator's time of a layer, for policies that search by it; None where there is none.
+    phases: those whose tokens these devices serve.
     """
 
     num_layers: int
@@ -44,6 +47,7 @@ class PlacementProblem:
     trace: TraceSource | None = None
     transfer: TransferObjective | None = None
     clock: Callable[[], LayerClock] | None = None
+    phases: tuple[Phase, ...] = tuple(Phase)
 
     def __post_init__(self) -> None:
         if self.expert_load_MLE.shape != (2, self.num_layers, self.num_experts):
@@ -63,7 +67,23 @@ class PlacementProblem:
     def on_devices(self, devices: npt.NDArray[np.integer], phases: Sequence[Phase] = tuple(Phase)) -> Self:
         """Return the problem of placing all experts on some of the devices, for the tokens of these phases."""
         transfer = None if self.transfer is None else self.transfer.on_devices(devices, phases)
-        return replace(self, node_of_device_R=self.node_of_device_R[devices], transfer=transfer, clock=None)
+        return replace(
+            self,
+            node_of_device_R=self.node_of_device_R[devices],
+            transfer=transfer,
+            clock=None,
+            phases=tuple(phases),
+        )
+
+    @cached_property
+    def load_LE(self) -> npt.NDArray[np.int64]:
+        """How many routed pairs of the phases that are served here chose each expert, int64 [L, E].
+
+        Where only the loads of both phases are known, those.
+        """
+        if self.phases == tuple(Phase) or self.trace is None:
+            return np.asarray(self.expert_load_MLE.sum(axis=0))
+        return np.asarray(expert_load_by_phase(self.trace)[list(self.phases)].sum(axis=(0, 1)))
 
     def require_even_split(self) -> None:
         """Raise PlacementError unless the same number of experts fits on every device without redundant ones."""

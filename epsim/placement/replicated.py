@@ -63,7 +63,7 @@ class Replicated:
                 f"placement.spare_slots: {self.spare_slots} is above {most}, where every device has all of the "
                 f"{problem.num_experts} experts; write {most} or less"
             )
-        tokens = FitTokens.of(trace, self.max_tokens)
+        tokens = objective.charged(FitTokens.of(trace, self.max_tokens))
         slots_LRX = np.empty((problem.num_layers, num_devices, base.slots_per_device + self.spare_slots), np.int32)
         slots_LRX[:, :, : base.slots_per_device] = base.physical_to_logical_LP.reshape(len(slots_LRX), num_devices, -1)
         num_filled_LR = np.full((problem.num_layers, num_devices), base.slots_per_device)

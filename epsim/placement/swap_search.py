@@ -66,11 +66,11 @@ def search_layer(
     effort: Effort,
     seed: int,
     load_E: npt.NDArray[np.int64] | None = None,
-    max_load: int = NO_CAP,
+    max_load_B: npt.NDArray[np.int64] | None = None,
 ) -> tuple[npt.NDArray[np.int32], int, int]:
     """Return the best assignment found from `start_E` (int32 [E]), its excess load, and its cost in integer units.
 
-    load_E, max_load: what is above max_load in some bin counts before any cost.
+    load_E, max_load_B: what is above its cap in some bin counts before any cost.
     """
     num_experts, num_bins = tokens.num_experts, cost_FB.shape[1]
     loads_E = np.zeros(num_experts, np.int64) if load_E is None else load_E
@@ -85,7 +85,7 @@ def search_layer(
         start_E.astype(np.int32),
         num_bins,
         loads_E,
-        max_load,
+        np.full(num_bins, NO_CAP) if max_load_B is None else max_load_B,
         tenure_X2,
         effort.patience,
     )
@@ -114,7 +114,7 @@ def _tokens_by_expert(ids_TK, num_experts):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _search(ids_TK, phase_T, first, token, cost_FB, start_E, num_bins, load_E, max_load, tenure_X2, patience):  # type: ignore[no-untyped-def]
+def _search(ids_TK, phase_T, first, token, cost_FB, start_E, num_bins, load_E, max_load_B, tenure_X2, patience):  # type: ignore[no-untyped-def]
     """Walk at most X swaps; return the best assignment, its excess load and its cost.
 
     tenure_X2: for how many swaps the two experts of each must not go back.
@@ -127,12 +127,12 @@ def _search(ids_TK, phase_T, first, token, cost_FB, start_E, num_bins, load_E, m
         load_B[bin_E[e]] += load_E[e]
     excess = np.int64(0)
     for b in range(num_bins):
-        excess += max(0, load_B[b] - max_load)
+        excess += max(0, load_B[b] - max_load_B[b])
     best_E, best_excess, best_cost, best_step = bin_E.copy(), excess, cost, 0
     tabu_until_EB = np.zeros((num_experts, num_bins), np.int64)
     for step in range(len(tenure_X2)):
         e, f, change, excess_change = _best_swap(
-            bin_E, enter_EB, leave_E, shared_EE, load_E, load_B, max_load, tabu_until_EB, step,
+            bin_E, enter_EB, leave_E, shared_EE, load_E, load_B, max_load_B, tabu_until_EB, step,
             best_excess - excess, best_cost - cost,
         )  # fmt: skip
         if e < 0:
@@ -184,7 +184,7 @@ def _tables(ids_TK, phase_T, cost_FB, bin_E, num_bins):  # type: ignore[no-untyp
 
 @numba.njit(cache=True, nogil=True)
 def _best_swap(  # type: ignore[no-untyped-def]
-    bin_E, enter_EB, leave_E, shared_EE, load_E, load_B, max_load, tabu_until_EB, step, excess_to_best, cost_to_best
+    bin_E, enter_EB, leave_E, shared_EE, load_E, load_B, max_load_B, tabu_until_EB, step, excess_to_best, cost_to_best
 ):
     """Return the pair with the least (change of excess load, change of cost), and both.
 
@@ -201,8 +201,8 @@ def _best_swap(  # type: ignore[no-untyped-def]
                 continue
             change = enter_EB[e, b] - leave_E[e] + enter_EB[f, a] - leave_E[f] + shared_EE[e, f] + shared_EE[f, e]
             moved = load_E[e] - load_E[f]
-            excess = max(0, load_B[a] - moved - max_load) - max(0, load_B[a] - max_load)
-            excess += max(0, load_B[b] + moved - max_load) - max(0, load_B[b] - max_load)
+            excess = max(0, load_B[a] - moved - max_load_B[a]) - max(0, load_B[a] - max_load_B[a])
+            excess += max(0, load_B[b] + moved - max_load_B[b]) - max(0, load_B[b] - max_load_B[b])
             if best_e >= 0 and (excess > best_excess or (excess == best_excess and change >= best_change)):
                 continue
             is_new_best = excess < excess_to_best or (excess == excess_to_best and change < cost_to_best)

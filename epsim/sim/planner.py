@@ -51,8 +51,7 @@ class StepPlanner:
         self._step_s_R = np.array([device.step_overhead_s for device in cluster.devices])
         self._gateway_RN = None
         if transmission.dedup == "node":
-            gateways = [[cluster.gateway(r, n) for n in range(cluster.num_nodes)] for r in range(cluster.num_devices)]
-            self._gateway_RN = np.array(gateways, dtype=np.int32)
+            self._gateway_RN = cluster.gateway_RN
 
     def plan(self, works: Sequence[HomeWork], traffic: StepTraffic, kv_tokens_RR: Counts) -> StepPlan:
         """Return the plan of a step; kv_tokens_RR: tokens whose KV cache moves from device to device after it.

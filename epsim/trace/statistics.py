@@ -13,10 +13,15 @@ from epsim.trace.routing import RoutingTrace, TraceSource
 
 def expert_load(source: TraceSource) -> npt.NDArray[np.int64]:
     """Return how often each modality chose each expert: int64 [modality (text, vision), L, E]."""
+    return np.asarray(expert_load_by_phase(source).sum(axis=0))
+
+
+def expert_load_by_phase(source: TraceSource) -> npt.NDArray[np.int64]:
+    """Return the same apart for each phase: int64 [phase (prefill, decode), modality (text, vision), L, E]."""
     load_PMLE = no_load(source.meta)
     for batch in source.batches():
         add_load(batch, load_PMLE)
-    return np.asarray(load_PMLE.sum(axis=0))
+    return load_PMLE
 
 
 def no_load(shape: TraceShape) -> npt.NDArray[np.int64]:

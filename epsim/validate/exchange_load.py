@@ -87,8 +87,7 @@ def exchange_plan(cluster: Cluster, bytes_RR: Floats, bytes_RN: Floats | None = 
     gateway_RN = None
     if bytes_RN is not None:
         out_LCRN = (bytes_RN * (node_R[:, None] != np.arange(nodes)))[None, None]
-        gateways = [[cluster.gateway(r, n) for n in range(nodes)] for r in range(devices)]
-        gateway_RN = np.array(gateways, dtype=np.int32)
+        gateway_RN = cluster.gateway_RN
     return StepPlan(
         mode="sync",
         attention_s_LR=none_LR,
