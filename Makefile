@@ -18,6 +18,8 @@ demo: $(VENV)/core.stamp
 	$(BIN)/epsim compare scenarios/digits.yaml \
 		--axis trace=traces/digits-soft.arrow,traces/digits-attention.arrow,traces/digits-gaussian.arrow \
 		--axis placement.policy=contiguous,modality_bins
+	$(BIN)/epsim place traces/digits-gaussian.arrow --scenario scenarios/digits-2x4.yaml --seeds 3 \
+		--policy contiguous --policy coactivation --policy balanced_coactivation --policy predicted_time
 
 test: $(VENV)/dev.stamp lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m 'not alone'
