@@ -209,6 +209,39 @@ def test_chunked_and_mixed_prefill(epsim: Cli) -> None:
     holds(imported(epsim, passes), [A, cut(B, 3, 2)], layer_ids=(1, 2))
 
 
+def test_a_last_chunk_of_one_token_is_prompt(epsim: Cli) -> None:
+    # B's prompt comes in chunks of 4 and 1 beside A, which decodes, so both are at position 4: five tokens, then one.
+    passes = records(
+        (1, [(A, 0, 3)]), (3, [(B, 0, 4), (A, 3, 4)]), (3, [(B, 4, 5), (A, 4, 5)]), (2, [(B, 5, 6), (A, 5, 6)])
+    )  # fmt: skip
+    holds(imported(epsim, passes), [A, Told(B.experts, B.tokens, 5)], layer_ids=(1, 2))
+
+
+def test_mixed_passes_one_after_the_other(epsim: Cli) -> None:
+    # C's prompt stands before B, which is at its first token after its prompt, and A: a prompt that goes on is first.
+    c = Told(A.experts[1:4], A.tokens[:3] + 20, 3)
+    passes = records((1, [(A, 0, 3)]), (3, [(B, 0, 3), (A, 3, 4)]), (3, [(c, 0, 3), (B, 3, 4), (A, 4, 5)]))
+    holds(imported(epsim, passes), [cut(A, 5, 3), cut(B, 4, 3), c], layer_ids=(1, 2))
+
+
+def test_mixed_passes_that_fit_in_no_way_or_several(epsim: Cli) -> None:
+    twin = Told(B.experts, B.tokens, 3)
+    command = ("import", "r.pt", "--from", "sglang-per-token", "-o", "t.arrow")
+    # Both prompts have come to 3: either goes on by a token while the other decodes.
+    passes = records((1, [(A, 0, 3), (twin, 0, 3)]), (3, [(A, 3, 4), (twin, 3, 4)]))
+    write_per_token(Path("r.pt"), passes, MAP)
+    for options in ((), ("--drop-unrecorded-prefix",)):
+        said = epsim.fails(*command, *options)
+        assert "an extend begins at 3, where 2 requests have come to; which goes on, and which decodes" in said
+    # B was not recorded before: it decodes without a beginning, or with --drop-unrecorded-prefix begins here.
+    c = Told(B.experts[:2], B.tokens[:2] + 20, 2)
+    passes = records((1, [(A, 0, 3)]), (3, [(c, 0, 2), (B, 4, 5), (A, 3, 4)]))
+    write_per_token(Path("r.pt"), passes, MAP)
+    assert "no running requests have come to the positions of its 2 decoded tokens" in epsim.fails(*command)
+    path = imported(epsim, passes, "--drop-unrecorded-prefix")
+    holds(path, [cut(A, 4, 3), c, Told(B.experts[4:5], B.tokens[4:5], 1)], layer_ids=(1, 2))
+
+
 def test_padded_tokens_are_left_out(epsim: Cli) -> None:
     passes = records((1, [(A, 0, 3)]), (2, [(A, 3, 4), (B, 5, 6)]))
     passes[1]["topk_ids_of_layer"][:, 1] = -1  # a row of a CUDA graph that holds nobody
