@@ -437,6 +437,37 @@ def test_damaged_vllm(epsim: Cli, change: Change, rule: str) -> None:
     assert rule in said
 
 
+# ONE's prompt has two tokens and its answer two, of which the last is never routed: the newer form has three rows, the
+# older one for the answer, or two.
+NEWER = {"routed_experts": ROWS}
+OLDER = {"routed_experts": ROWS[2:]}
+
+
+@pytest.mark.parametrize(
+    ("choices", "prompt", "completion_tokens", "rule"),
+    [
+        ([{**NEWER}], None, 2, ""),
+        ([{**NEWER}], None, 9, "has 3 rows, prompt and generated tokens - 1 are 10"),
+        ([{**NEWER}, {**NEWER}], None, 4, ""),  # of both together
+        ([{**NEWER, "token_ids": [6, 7]}, {**NEWER, "token_ids": [6]}], None, 4, "choices[1]: routed_experts: has 3"),
+        ([{**OLDER}], ROWS[:2], 1, ""),
+        ([{**OLDER}], ROWS[:2], 2, ""),
+        ([{**OLDER}], ROWS[:2], 5, "has 1 rows, generated tokens, perhaps without the last, are 4 or 5"),
+        ([{**OLDER, "token_ids": [6, 7, 8, 9, 9]}], ROWS[:2], None, "has 1 rows, generated tokens, perhaps"),
+        ([{"routed_experts": []}], ROWS[:2], 1, ""),
+        ([{"routed_experts": []}], ROWS[:2], 2, "has 0 rows, generated tokens, perhaps without the last, are 1 or 2"),
+    ],
+)
+def test_vllm_has_a_row_for_each_token(
+    epsim: Cli, choices: list[dict[str, Any]], prompt: Any, completion_tokens: int | None, rule: str
+) -> None:
+    usage = {"prompt_tokens": 2} | ({} if completion_tokens is None else {"completion_tokens": completion_tokens})
+    content = {"choices": choices, "usage": usage} | ({} if prompt is None else {"prompt_routed_experts": prompt})
+    Path("r.json").write_text(json.dumps(content))
+    command = ("import", "r.json", "--from", "vllm-routed-experts", "-o", "t.arrow", *SIX)
+    assert rule in (epsim.fails(*command) if rule else epsim.ok(*command))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [

@@ -93,8 +93,12 @@ def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequ
         ids_TLK = None if nothing else _array(routed, f"{place}: routed_experts")
         all_TLK = _join(prompt_TLK, ids_TLK, place)
         generated_ids_T = token_ids(holder, "token_ids", place)
-        if prompt_TLK is None and generated_ids_T is not None:
-            _check_rows(len(all_TLK), num_prompt + len(generated_ids_T) - 1, place)
+        generated = None if generated_ids_T is None else len(generated_ids_T)
+        if generated is None and len(choices) == 1:
+            generated = count(response, "usage", "completion_tokens", where)
+        if generated is not None:
+            of_prompt = num_prompt if prompt_TLK is None else 0
+            _check_rows(0 if ids_TLK is None else len(ids_TLK), of_prompt, generated, place)
         ids_T = _token_ids(prompt_ids_T, generated_ids_T, len(all_TLK))
         yield _without_cached(all_TLK, num_prompt, ids_T, place)
 
@@ -134,11 +138,14 @@ def _num_prompt(response: dict[str, Any], prompt_ids_T: Ints | None, prompt_TLK:
     return number
 
 
-def _check_rows(found: int, expected: int, place: str) -> None:
-    if found != expected:
+def _check_rows(found: int, of_prompt: int, generated: int, place: str) -> None:
+    """Raise FormatError unless there is a row for each token; that of the last generated one only stands in the older
+    form, without the prompt (`of_prompt` 0), and need not."""
+    expected = [of_prompt + generated - 1] if of_prompt else [max(generated - 1, 0), generated]
+    if found not in expected:
+        rows = "prompt and generated tokens - 1 are" if of_prompt else "generated tokens, perhaps without the last, are"
         raise FormatError(
-            f"{place}: routed_experts: has {found} rows, prompt and generated tokens - 1 are {expected}; "
-            "write a row for each"
+            f"{place}: routed_experts: has {found} rows, {rows} {' or '.join(map(str, expected))}; write a row for each"
         )
 
 
