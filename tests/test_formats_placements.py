@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.fitted import make_trace
 from reference.foreign import Cli
 
 from epsim.errors import PlacementError
@@ -120,6 +122,21 @@ def test_policy_file_reads_it(tmp_path: Path) -> None:
     placed = FromFile(path=tmp_path / "p.json").place(problem())
     assert placed.physical_to_logical_LP.tolist() == ROWS
     assert placed.policy == "file"
+
+
+def test_policy_file_is_for_the_layers_of_the_trace(tmp_path: Path) -> None:
+    trace = make_trace([[[0, 1]], [[2, 3]]], num_experts=4)  # layers 0 and 1
+    policy = FromFile(path=tmp_path / "p.json")
+    for layer_ids, named in (((3, 4), "3-4"), ((0, 2), "0, 2")):
+        write_placement_file(tmp_path / "p.json", placement(layer_ids=layer_ids))
+        with pytest.raises(PlacementError) as error:
+            policy.place(replace(problem(), trace=trace))
+        assert f"p.json: layer_ids: it is for layers {named}, the trace has 0-1; name a" in str(error.value)
+        assert policy.place(problem()).physical_to_logical_LP.tolist() == ROWS  # here are only loads
+    write_placement_file(tmp_path / "p.json", placement(layer_ids=(0, 1)))
+    assert policy.place(replace(problem(), trace=trace)).physical_to_logical_LP.tolist() == ROWS
+    (tmp_path / "p.json").write_text(json.dumps({"physical_to_logical_map": ROWS}))  # SGLang's names no layers
+    assert policy.place(replace(problem(), trace=trace)).physical_to_logical_LP.tolist() == ROWS
 
 
 @pytest.mark.parametrize(
