@@ -158,6 +158,15 @@ def test_vllm_offline_and_arrays(epsim: Cli) -> None:
     holds(Path("t.arrow"), [Told(ONE.experts, np.array([8, 5, -1]), 2)], layer_ids=(0, 1))
 
 
+def test_lines_end_at_line_feeds_alone(epsim: Cli) -> None:
+    texts = ["one\u2028two", "\u0085", "\u2029"]
+    responses = [{**vllm_response(ONE, "newer"), "text": text} for text in texts]
+    text = "\r\n".join(json.dumps(response, ensure_ascii=False) for response in responses)
+    Path("r.jsonl").write_text(text, encoding="utf-8", newline="")
+    epsim.ok("import", "r.jsonl", "--from", "vllm-routed-experts", "-o", "t.arrow", *SIX)
+    holds(Path("t.arrow"), [ONE] * 3, layer_ids=(0, 1))
+
+
 def test_vision_tokens_are_those_that_are_named(epsim: Cli) -> None:
     Path("r.json").write_text(json.dumps(vllm_response(ONE, "newer")))
     options = ("--vision-token-id", "8", "--vision-token-id", "6")  # 6 is generated, so text
