@@ -21,6 +21,7 @@ from epsim.placement import PlacementProblem
 from epsim.placement.file import PlacementFile, parse_placement_file, read_placement_file, write_placement_file
 from epsim.placement.from_file import FromFile
 
+ROOT = Path(__file__).parent.parent
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
 # Two MoE layers (3 and 4) of four experts on two devices with three slots each: expert 0 twice, then expert 3.
 ROWS = [[0, 1, 0, 2, 3, 1], [3, 1, 3, 2, 0, 3]]
@@ -435,6 +436,20 @@ def test_several_files_and_unknown_formats(epsim: Cli) -> None:
         "import", "absent.json", "--from", "sglang", "-o", "o.json", "--devices", "2"
     )
     assert "cannot be read" in epsim.fails("import", "absent.pt", "--from", "sglang", "-o", "o.json", "--devices", "2")
+
+
+def test_what_is_read_is_not_written_over(epsim: Cli) -> None:
+    Path("s.json").write_text(sglang(EVEN))
+    Path("card.yaml").write_text((ROOT / "epsim/presets/models/moonlight.yaml").read_text())
+    command = ("import", "s.json", "--from", "sglang", "--devices", "2", "--layer-ids", "3-4")
+    for option, name in (("--placement", "even.json"), ("--model", "card.yaml")):
+        for output in (name, f"./{name}", str(Path(name).resolve())):
+            assert f"{name}: is read for this; name another file" in epsim.fails(*command, option, name, "-o", output)
+    Path("stats").mkdir()
+    Path("stats/meta_info.json").write_text("{}")
+    for output in ("stats/meta_info.json", "stats/loads.json"):
+        said = epsim.fails("import", "stats/", "--from", "tensorrt-llm-stats", "-o", output)
+        assert said == f"-o {output}: lies in stats, which is read for this; name a path outside of it"
 
 
 def test_without_torch(epsim: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
