@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from reference.fitted import make_trace
 from reference.foreign import Cli
 
-from epsim.errors import PlacementError
+from epsim.errors import FormatError, PlacementError
 from epsim.formats.command import export_file, import_files
-from epsim.formats.options import Options, parse_layer_ids
+from epsim.formats.loads import LOADS
+from epsim.formats.options import TAKEN, Options, parse_layer_ids
+from epsim.formats.placements import PLACEMENTS
+from epsim.formats.routings import ROUTINGS
 from epsim.placement import PlacementProblem
 from epsim.placement.file import PlacementFile, parse_placement_file, read_placement_file, write_placement_file
 from epsim.placement.from_file import FromFile
@@ -390,7 +393,8 @@ DAMAGE: list[tuple[str, str, str | bytes, str, str]] = [
     ("tensorrt-llm", "x.yaml", trt() + "num_slots: 4\n", TWO, '"num_slots" is there twice'),
     ("tensorrt-llm", "x.yaml", "a: !!python/object/apply:os.system [ls]", TWO, "is not YAML: line 1"),
     ("tensorrt-llm", "x.yaml", b"\xff\xfe\x00", TWO, "is not a text file in UTF-8"),
-    ("tensorrt-llm", "x.yaml", trt(), f"{TWO} --layer-ids 5,6", "has its own layer ids; leave --layer-ids out"),
+    ("tensorrt-llm", "x.yaml", trt(), f"{TWO} --layer-ids 5,6", "has layers 1-2, --layer-ids or the model 5-6; leave"),
+    ("tensorrt-llm", "x.yaml", trt(), f"{TWO} --model moonlight", "has layers 1-2, --layer-ids or the model 1-26"),
     ("vllm-ascend", "x.json", ascend(device_count=3), "", "layer_list[0].device_count: 3, but device_list has 2"),
     ("vllm-ascend", "x.json", ascend(device_list=devices([0, 1], [2])), "", "has 1 experts, the first device 2"),
     ("vllm-ascend", "x.json", ascend(device_list=devices([0, 1], [2, 2])), FOUR, "no slot for expert 3"),
@@ -458,6 +462,30 @@ def test_without_torch(epsim: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_file, "find_spec", lambda name: None)
     said = epsim.fails("export", "p.json", "--to", "sglang", "-o", "s.pt")
     assert said == "s.pt: a .pt file needs torch; install it with: pip install 'epsim[trace]'"
+
+
+GIVEN = {
+    "layer_ids": (0,),
+    "num_experts": 4,
+    "num_devices": 2,
+    "topk": 1,
+    "placement": placement(),
+    "vision_token_ids": (0,),
+    "iteration": 0,
+    "request_tokens": 1,
+    "passes_as_requests": True,
+    "drop_unrecorded_prefix": True,
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_an_option_is_taken_or_refused(name: str, tmp_path: Path) -> None:
+    assert set(TAKEN) == {*PLACEMENTS, *LOADS, *ROUTINGS}
+    for field, value in GIVEN.items():
+        with pytest.raises(FormatError) as error:  # the file is not there
+            import_files([tmp_path / "absent"], name, tmp_path / "out", Options(**{field: value}))
+        assert (f"has no meaning for {name}; leave it out" in str(error.value)) == (field not in TAKEN[name])
+        assert str(error.value).startswith("--") == (field not in TAKEN[name])
 
 
 def test_a_list_of_layers() -> None:

@@ -545,13 +545,31 @@ def test_what_must_be_asked(epsim: Cli) -> None:
     for source in ("vllm-routed-experts", "sglang-routed-experts"):
         command = ("import", "r.json", "--from", source, "-o", "t.arrow")
         assert "write --num-experts or --model" in epsim.fails(*command)
-        assert "are logical experts, not physical ones" in epsim.fails(*command, *SIX, "--placement", "p.json")
+        said = epsim.fails(*command, *SIX, "--placement", "p.json")
+        assert said.startswith(f"--placement: has no meaning for {source}; leave it out")
     said = epsim.fails("import", "r.json", "--from", "sglang-routed-experts", "-o", "t.arrow", *SIX)
     assert "write --topk or --model" in said
     said = epsim.fails("import", "r.json", "--from", "vllm-routed-experts", "-o", "t.arrow", "--model", "olmo")
     assert said.startswith('--model: "olmo" is not a preset')
     command = ("import", "r.json", "--from", "vllm-routed-experts", "-o", "t.arrow", "--model", "olmoe")
     assert epsim.fails(*command).startswith("r.json: choices[0]: has 2 layers, OLMoE-1B-7B-0125 has 16, up to 15")
+
+
+def test_top_k_is_the_file_s(epsim: Cli) -> None:
+    Path("r.json").write_text(json.dumps(vllm_response(ONE, "newer")))
+    write_per_token(Path("r.pt"), records((1, [(ONE, 0, 3)])), MAP)
+    for name, source, where in (
+        ("r.json", "vllm-routed-experts", "r.json: choices[0]"),
+        ("r.pt", "sglang-per-token", "r.pt: records[0]: topk_ids_of_layer"),
+    ):
+        command = ("import", name, "--from", source, "-o", "t.arrow")
+        said = epsim.fails(*command, *SIX, "--topk", "3")
+        assert said == f"{where}: has top-2, --topk or the model 3; write that number"
+        card = ("--model", "moonlight", "--layer-ids", "1-2", "--num-experts", "6")
+        assert "has top-2, --topk or the model 6" in epsim.fails(*command, *card)
+        epsim.ok(*command, *card, "--topk", "2")
+    said = epsim.fails(*command, "--passes-as-requests", "--drop-unrecorded-prefix")
+    assert said.startswith("--drop-unrecorded-prefix: has no meaning with --passes-as-requests")
 
 
 # FLAME-MoE.
@@ -613,7 +631,10 @@ def test_flame_asks_for_what_it_lacks(epsim: Cli) -> None:
     epsim.ok(*flame(epsim, *options, "--iteration", "5473"))
     epsim.ok("import", "f", "--from", "flame-moe", "-o", "e.arrow", *options, "--iteration", "5473")
     assert TraceFile.open("e.arrow").meta.num_experts == 64  # unless something else is said
-    assert "has its own layer ids" in epsim.fails(*flame(epsim, *options, "--iteration", "5473", "--layer-ids", "7-8"))
+    said = epsim.fails(*flame(epsim, *options, "--iteration", "5473", "--layer-ids", "7-8"))
+    assert said.startswith("f/actives/iter_5473: has layers 2-3, --layer-ids or the model 7-8; leave --layer-ids out")
+    said = epsim.fails(*flame(epsim, *options, "--iteration", "5473", "--topk", "3"))
+    assert "layer_02/part-0.parquet: indices: has top-2, --topk or the model 3; write that number" in said
     Path("f/samples/part-1.parquet").write_bytes(b"PAR1 cut off")
     Path("t.arrow").unlink()
     said = epsim.fails(*flame(epsim, *options, "--iteration", "5473"))

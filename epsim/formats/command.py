@@ -11,7 +11,7 @@ from epsim.atomic import check_outputs
 from epsim.errors import FormatError, OutputError, PlacementError
 from epsim.formats.loads import EXPORT_NAME, LOADS, export_loads
 from epsim.formats.loads_file import write_loads
-from epsim.formats.options import Options
+from epsim.formats.options import TAKEN, Options, check_taken
 from epsim.formats.placements import PLACEMENTS
 from epsim.formats.routings import ROUTINGS
 from epsim.placement.file import read_placement_file, write_placement_file
@@ -30,6 +30,8 @@ def import_files(
     if folder := next((path for path in paths if path.is_dir() and path.resolve() in output.resolve().parents), None):
         raise OutputError(f"-o {output}: lies in {folder}, which is read for this; name a path outside of it")
     sources = list(paths)
+    if name in TAKEN:
+        check_taken(name, options)
     if name in PLACEMENTS:
         if len(sources) != 1:
             raise FormatError(f"{sources[1]}: a placement is one file; import them one by one")

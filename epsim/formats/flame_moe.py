@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from epsim.errors import FormatError
-from epsim.formats.options import Options, check_experts
+from epsim.formats.options import Options, check_experts, check_layer_ids, check_topk
 from epsim.formats.reading import Ints
 from epsim.formats.routed_requests import Recording, RoutedRequest, write_requests
 
@@ -31,8 +31,6 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     """Write the trace of a checkpoint: each `request_tokens` rows are a request, all of it prompt."""
     if len(paths) != 1:
         raise FormatError(f"{paths[1]}: {NAME} is one folder; import them one by one")
-    if options.placement is not None:
-        raise FormatError(f"--placement: the ids of {NAME} are logical experts, not physical ones; leave it out")
     folder = paths[0]
     if not folder.is_dir():
         raise FormatError(f"{folder}: is not a folder; write the path of {_NOUN}")
@@ -41,14 +39,14 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     iteration, active = _iteration(folder / "actives", options)
     layers = _layers(active)
     layer_ids = tuple(sorted(layers))
-    if options.known_layer_ids not in (None, layer_ids):
-        raise FormatError(f"{active}: has its own layer ids; leave --layer-ids out, and name another --model if any")
+    check_layer_ids(layer_ids, options, str(active))
     num_experts = options.known_num_experts or NUM_EXPERTS
     check_experts(num_experts, options, str(active))
     samples = folder / "samples" / active.name if (folder / "samples" / active.name).exists() else folder / "samples"
     sources = [_files(samples), *(_files(layers[layer_id]) for layer_id in layer_ids)]
     _check_rows([samples, *(layers[layer_id] for layer_id in layer_ids)], sources)
     topk = _first_topk(sources[1][0])
+    check_topk(topk, options, f"{sources[1][0]}: indices")
     recording = Recording(
         layer_ids=layer_ids,
         num_experts=num_experts,

@@ -22,6 +22,8 @@ _OTHERWISE = "take each forward pass as a request of its own with --passes-as-re
 
 def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     """Write the trace; requests are in the order of their ranks, and on a rank of their first tokens."""
+    if options.passes_as_requests and options.drop_unrecorded_prefix:
+        raise FormatError("--drop-unrecorded-prefix: has no meaning with --passes-as-requests; leave one of them out")
     recorded = read_passes(paths, options)
     requests: list[RoutedRequest] = []
     for rank, passes in recorded.passes.items():

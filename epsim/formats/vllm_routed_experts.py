@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from epsim.errors import FormatError
-from epsim.formats.options import Options, choose_layers, names, needed_num_experts
+from epsim.formats.options import Options, check_topk, choose_layers, names, needed_num_experts
 from epsim.formats.reading import Ints, ints, mapping
 from epsim.formats.responses import DAMAGED, count, read_responses, token_ids
 from epsim.formats.routed_requests import Recording, RoutedRequest, write_requests
@@ -25,7 +25,6 @@ _AXES = ("token", "layer", "expert")
 
 def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     """Write the trace; each choice of each response is a request."""
-    refuse_placement(NAME, options)
     num_experts = needed_num_experts(options, str(paths[0]))
     requests: list[RoutedRequest] = []
     versions: set[str] = set()
@@ -39,11 +38,13 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
                 versions.add(version)
     if not requests:
         raise FormatError(f"{paths[0]}: has no responses with a choice; write them as the server gave them")
+    topk = requests[0].ids_TLK.shape[2]
     rows, layer_ids = choose_layers(requests[0].ids_TLK.shape[1], options, requests[0].where)
+    check_topk(topk, options, requests[0].where)
     recording = Recording(
         layer_ids=layer_ids,
         num_experts=num_experts,
-        topk=requests[0].ids_TLK.shape[2],
+        topk=topk,
         with_token_ids=any(request.token_id_T is not None for request in requests),
         about={
             "system": "vLLM",
@@ -64,12 +65,6 @@ def take_layers(request: RoutedRequest, rows: list[int]) -> RoutedRequest:
     return RoutedRequest(
         where=request.where, ids_TLK=ids_TLK, num_prompt=request.num_prompt, token_id_T=request.token_id_T
     )
-
-
-def refuse_placement(name: str, options: Options) -> None:
-    """Raise FormatError if --placement is given for a format whose ids are logical."""
-    if options.placement is not None:
-        raise FormatError(f"--placement: the ids of {name} are logical experts, not physical ones; leave it out")
 
 
 def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequest, int]]:

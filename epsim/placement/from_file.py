@@ -1,15 +1,13 @@
 """`FromFile`: a placement that someone else decided, read from epsim's own placement file or SGLang's JSON form."""
 
 import json
-from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from epsim.errors import PlacementError
-from epsim.placement.file import is_placement_file, parse_placement_file
+from epsim.placement.file import is_placement_file, parse_placement_file, ranges
 from epsim.placement.placement import Placement
 from epsim.placement.problem import PlacementProblem
 
@@ -47,8 +45,8 @@ class FromFile:
         self._check_layers(len(placement.layer_ids), problem)
         if problem.trace is not None and placement.layer_ids != problem.trace.meta.layer_ids:
             raise PlacementError(
-                f"placement.path: {self.path}: layer_ids: it is for layers {_ranges(placement.layer_ids)}, "
-                f"the trace has {_ranges(problem.trace.meta.layer_ids)}; name a placement that was made for them"
+                f"placement.path: {self.path}: layer_ids: it is for layers {ranges(placement.layer_ids)}, "
+                f"the trace has {ranges(problem.trace.meta.layer_ids)}; name a placement that was made for them"
             )
         for noun, found, needed in (
             ("experts", placement.num_experts, problem.num_experts),
@@ -81,16 +79,6 @@ class FromFile:
         if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):
             raise PlacementError(f"placement.path: {self.path} has another form; write {_FORM}")
         return rows
-
-
-def _ranges(ids: Sequence[int]) -> str:
-    """Return ascending ids as people write them.
-
-    >>> _ranges([1, 3, 4, 5])
-    '1, 3-5'
-    """
-    runs = [list(run) for _, run in groupby(enumerate(ids), lambda place: place[1] - place[0])]
-    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
 
 
 def _is_row(row: object) -> bool:
