@@ -600,7 +600,7 @@ FLAME_DAMAGE: list[tuple[dict[str, Any], str]] = [
     ({"indices": lists(GOOD_SCORES, pa.float32()), "scores": SCORES}, "write whole numbers"),
     ({"indices": IDS, "scores": lists(GOOD_IDS, pa.int16())}, "scores: is int16; write float16"),
     ({"indices": IDS, "scores": lists([[0.5, -1.0]] * 3, pa.float16())}, "not finite, or negative"),
-    ({"indices": IDS[:2], "scores": SCORES[:2]}, "has 2 rows, the samples 3"),
+    ({"indices": IDS[:2], "scores": SCORES[:2]}, "layer_03/part-0.parquet: has 2 rows, f/samples/part"),
     ({"indices": lists([[0, 1], [1, 2], [4, 6]], pa.int16()), "scores": SCORES}, "expert 6 is not"),
     ({"indices": lists([[0, 1], [1, 1], [4, 5]], pa.int16()), "scores": SCORES}, "experts [1, 1]"),
 ]  # fmt: skip
@@ -608,11 +608,39 @@ FLAME_DAMAGE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("columns", "rule"), FLAME_DAMAGE, ids=[rule[:40] for _, rule in FLAME_DAMAGE])
 def test_damaged_flame(epsim: Cli, columns: dict[str, Any], rule: str) -> None:
-    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens)
+    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens, num_files=1)
     replace_layer(columns)
     said = epsim.fails(*flame(epsim, "--request-tokens", "2"))
     assert said.startswith("f/")
     assert rule in said
+
+
+def test_flame_files_are_the_same_everywhere(epsim: Cli) -> None:
+    # Samples of one row and of two; the files of layer 3 as many, with as many rows in all.
+    layer = Path("f/actives/iter_5473/layer_03")
+    command = flame(epsim, "--request-tokens", "2")
+    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens)
+    epsim.ok(*command)
+    first, second = layer / "part-0.parquet", layer / "part-1.parquet"
+    first.rename(layer / "z.parquet")  # comes second
+    said = epsim.fails(*command)
+    assert said.startswith(f'{layer}: has the files ["part-1.parquet", "z.parquet"], the samples ["part-0.parquet", "p')
+    second.rename(first)
+    (layer / "z.parquet").rename(second)
+    assert epsim.fails(*command).startswith(f"{first}: has 2 rows, f/samples/part-0.parquet 1; copy all of both")
+    first.rename(layer.with_suffix(".parquet"))
+    second.unlink()
+    layer.rmdir()
+    assert f"{layer.with_suffix('.parquet')}: is 1 files, the samples are 2" in epsim.fails(*command)
+
+
+def test_flame_with_a_file_for_each_name(epsim: Cli) -> None:
+    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens, num_files=1)
+    for folder in (Path("f/samples"), *Path("f/actives/iter_5473").iterdir()):
+        (folder / "part-0.parquet").rename(folder.with_suffix(".parquet"))
+        folder.rmdir()
+    epsim.ok(*flame(epsim, "--request-tokens", "3"))
+    holds(Path("t.arrow"), [Told(ONE.experts, ONE.tokens, 3)], layer_ids=(2, 3))
 
 
 def test_flame_asks_for_what_it_lacks(epsim: Cli) -> None:
