@@ -59,7 +59,10 @@ def import_command(
         passes_as_requests=passes_as_requests,
         drop_unrecorded_prefix=drop_unrecorded_prefix,
     )
-    for line in import_files(files, source, output, options):
+    beside = [placement] if placement is not None else []
+    if model is not None and model.endswith((".yaml", ".yml")):  # else the name of a preset
+        beside.append(Path(model))
+    for line in import_files(files, source, output, options, beside):
         typer.echo(line, err=True)
 
 

@@ -80,7 +80,7 @@ def place(
     from epsim.atomic import check_folder, check_outputs
     from epsim.lab.choice import check_metric
     from epsim.lab.experiment import Design, check_design
-    from epsim.lab.question import ask, choose
+    from epsim.lab.question import ask, choose, files_read
     from epsim.report.figure import require_matplotlib
 
     if not policy:
@@ -98,12 +98,15 @@ def place(
         check_metric(best)
         if out is None:
             raise InputError(f"--best {best}: says which placement to write; name a file with --out")
-    check_outputs({"--out": out}, (trace, scenario))
+    given = [text[1:] for text in overrides or () if text.startswith("@")]
+    given += [name for name in (model, cluster) if name is not None and name.endswith((".yaml", ".yml"))]
+    check_outputs({"--out": out}, (trace, scenario, *map(Path, given)))
     if heat_map is not None:
         require_matplotlib()
         check_folder(heat_map)
     question = ask(trace, scenario=scenario, model=model, cluster=cluster, overrides=overrides or ())
     chosen = choose(policy, baseline, question)
+    check_outputs({"--out": out}, files_read(question, chosen, scenario))
     design = Design(fit_share=fit_share) if seeds is None else Design(num_seeds=seeds, fit_share=fit_share)
     check_design(question, design)
     found, placement = run_to_end(

@@ -22,6 +22,7 @@ from epsim.study.placement import WITH_PARAMETERS, PlacementStudy, run_placement
 from epsim.study.placement_document import BEGIN, END, write_placement_document
 
 Run = Callable[..., str]
+OLMOE = Path(__file__).parent.parent / "epsim/presets/models/olmoe.yaml"
 
 
 @pytest.fixture
@@ -107,6 +108,12 @@ MISTAKES = {
     "metric": (("--policy", "random", "--best", "price", "--out", "p.json"), "write one of bytes, devices"),
     "best without out": (("--policy", "random", "--best", "bytes"), "name a file with --out"),
     "out is the trace": (("--policy", "random", "--out", "trace.arrow"), "is read for this"),
+    "out is a policy's file": (
+        ("--policy", "file,path=a.json", "--policy", "random", "--out", "./a.json"), "a.json: is read for this",
+    ),
+    "out is a model": (("--policy", "random", "--model", "m.yaml", "--out", "m.yaml"), "m.yaml: is read for this"),
+    "out is a cluster": (("--policy", "random", "--cluster", "c.yaml", "--out", "c.yaml"), "c.yaml: is read for this"),
+    "out is an override": (("--policy", "random", "--set", "@o.yaml", "--out", "o.yaml"), "o.yaml: is read for this"),
     "placement set": (("--policy", "random", "--set", "placement.policy=random"), "write policies with --policy"),
     "trace set": (("--policy", "random", "--set", "trace.kind=zipf"), "name the file as the argument"),
     "other parallelism": (("--policy", "random", "--set", "parallelism.kind=pd"), "policies are compared under ep"),
@@ -141,6 +148,17 @@ def test_mistakes_are_one_line(
     arguments, words = MISTAKES[name]
     said = complaint(("trace.arrow", "--scenario", "small.yaml", *arguments), monkeypatch, capsys, folder)
     assert words in said
+
+
+def test_out_is_no_file_that_the_scenario_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own").mkdir()
+    (folder / "own/card.yaml").write_text(OLMOE.read_text())
+    text = (folder / "small.yaml").read_text()
+    (folder / "own/s.yaml").write_text(text.replace("model: olmoe", "model: card.yaml"))
+    arguments = ("trace.arrow", "--scenario", "own/s.yaml", "--policy", "random", "--out", "own/card.yaml")
+    assert "--out own/card.yaml: is read for this" in complaint(arguments, monkeypatch, capsys, folder)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def test_logical_count_and_what_epsim_wrote(epsim: Cli) -> None:
     assert (loads()["logical_count"], loads()["layer_ids"]) == ([[1, 2], [3, 4]], [3, 5])
     epsim.ok("import", "out.json", "--from", "sglang-logical-count", "-o", "again.json")
     assert (loads("again.json")["logical_count"], loads("again.json")["layer_ids"]) == ([[1, 2], [3, 4]], [3, 5])
+    command = ("import", "out.json", "--from", "sglang-logical-count", "-o", "again.json", "--layer-ids")
+    epsim.ok(*command, "5")
+    assert (loads("again.json")["logical_count"], loads("again.json")["layer_ids"]) == ([[3, 4]], [5])
+    said = epsim.fails(*command, "1-2")
+    assert said.startswith("out.json: layer_ids: has layers 3, 5, --layer-ids or the model 1-2; leave")
 
 
 def test_logical_count_by_step_and_as_pt(epsim: Cli) -> None:
@@ -228,6 +233,11 @@ def test_statistics_are_a_folder(epsim: Cli) -> None:
     assert "is not a folder" in epsim.fails("import", "file", "--from", "tensorrt-llm-stats", "-o", "out.json")
     broken_statistics("")
     said = epsim.fails("import", "stats", "--from", "tensorrt-llm-stats", "-o", "out.json", "--layer-ids", "1-9")
-    assert "has its own layer ids" in said
+    assert "stats: has layers 3-4, --layer-ids or the model 1-9; leave --layer-ids out" in said
+    command = ("import", "stats", "--from", "tensorrt-llm-stats", "-o", "out.json")
+    assert "num_experts_per_token: has top-2, --topk or the model 3" in epsim.fails(*command, "--topk", "3")
+    assert "num_experts: has 3 experts, --num-experts or the model 64" in epsim.fails(*command, "--model", "moonlight")
+    said = epsim.fails(*command, "--model", "moonlight", "--num-experts", "3", "--topk", "2")
+    assert "has layers 3-4, --layer-ids or the model 1-26" in said
     said = epsim.fails("import", "stats", "file", "--from", "tensorrt-llm-stats", "-o", "out.json")
     assert "is one folder" in said

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.fitted import make_trace
 from reference.foreign import Cli
 
-from epsim.errors import PlacementError
+from epsim.errors import FormatError, PlacementError
 from epsim.formats.command import export_file, import_files
-from epsim.formats.options import Options, parse_layer_ids
+from epsim.formats.loads import LOADS
+from epsim.formats.options import TAKEN, Options, parse_layer_ids
+from epsim.formats.placements import PLACEMENTS
+from epsim.formats.routings import ROUTINGS
 from epsim.placement import PlacementProblem
 from epsim.placement.file import PlacementFile, parse_placement_file, read_placement_file, write_placement_file
 from epsim.placement.from_file import FromFile
 
+ROOT = Path(__file__).parent.parent
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
 # Two MoE layers (3 and 4) of four experts on two devices with three slots each: expert 0 twice, then expert 3.
 ROWS = [[0, 1, 0, 2, 3, 1], [3, 1, 3, 2, 0, 3]]
@@ -120,6 +126,21 @@ def test_policy_file_reads_it(tmp_path: Path) -> None:
     placed = FromFile(path=tmp_path / "p.json").place(problem())
     assert placed.physical_to_logical_LP.tolist() == ROWS
     assert placed.policy == "file"
+
+
+def test_policy_file_is_for_the_layers_of_the_trace(tmp_path: Path) -> None:
+    trace = make_trace([[[0, 1]], [[2, 3]]], num_experts=4)  # layers 0 and 1
+    policy = FromFile(path=tmp_path / "p.json")
+    for layer_ids, named in (((3, 4), "3-4"), ((0, 2), "0, 2")):
+        write_placement_file(tmp_path / "p.json", placement(layer_ids=layer_ids))
+        with pytest.raises(PlacementError) as error:
+            policy.place(replace(problem(), trace=trace))
+        assert f"p.json: layer_ids: it is for layers {named}, the trace has 0-1; name a" in str(error.value)
+        assert policy.place(problem()).physical_to_logical_LP.tolist() == ROWS  # here are only loads
+    write_placement_file(tmp_path / "p.json", placement(layer_ids=(0, 1)))
+    assert policy.place(replace(problem(), trace=trace)).physical_to_logical_LP.tolist() == ROWS
+    (tmp_path / "p.json").write_text(json.dumps({"physical_to_logical_map": ROWS}))  # SGLang's names no layers
+    assert policy.place(replace(problem(), trace=trace)).physical_to_logical_LP.tolist() == ROWS
 
 
 @pytest.mark.parametrize(
@@ -372,7 +393,8 @@ DAMAGE: list[tuple[str, str, str | bytes, str, str]] = [
     ("tensorrt-llm", "x.yaml", trt() + "num_slots: 4\n", TWO, '"num_slots" is there twice'),
     ("tensorrt-llm", "x.yaml", "a: !!python/object/apply:os.system [ls]", TWO, "is not YAML: line 1"),
     ("tensorrt-llm", "x.yaml", b"\xff\xfe\x00", TWO, "is not a text file in UTF-8"),
-    ("tensorrt-llm", "x.yaml", trt(), f"{TWO} --layer-ids 5,6", "has its own layer ids; leave --layer-ids out"),
+    ("tensorrt-llm", "x.yaml", trt(), f"{TWO} --layer-ids 5,6", "has layers 1-2, --layer-ids or the model 5-6; leave"),
+    ("tensorrt-llm", "x.yaml", trt(), f"{TWO} --model moonlight", "has layers 1-2, --layer-ids or the model 1-26"),
     ("vllm-ascend", "x.json", ascend(device_count=3), "", "layer_list[0].device_count: 3, but device_list has 2"),
     ("vllm-ascend", "x.json", ascend(device_list=devices([0, 1], [2])), "", "has 1 experts, the first device 2"),
     ("vllm-ascend", "x.json", ascend(device_list=devices([0, 1], [2, 2])), FOUR, "no slot for expert 3"),
@@ -420,12 +442,50 @@ def test_several_files_and_unknown_formats(epsim: Cli) -> None:
     assert "cannot be read" in epsim.fails("import", "absent.pt", "--from", "sglang", "-o", "o.json", "--devices", "2")
 
 
+def test_what_is_read_is_not_written_over(epsim: Cli) -> None:
+    Path("s.json").write_text(sglang(EVEN))
+    Path("card.yaml").write_text((ROOT / "epsim/presets/models/moonlight.yaml").read_text())
+    command = ("import", "s.json", "--from", "sglang", "--devices", "2", "--layer-ids", "3-4")
+    for option, name in (("--placement", "even.json"), ("--model", "card.yaml")):
+        for output in (name, f"./{name}", str(Path(name).resolve())):
+            assert f"{name}: is read for this; name another file" in epsim.fails(*command, option, name, "-o", output)
+    Path("stats").mkdir()
+    Path("stats/meta_info.json").write_text("{}")
+    for output in ("stats/meta_info.json", "stats/loads.json"):
+        said = epsim.fails("import", "stats/", "--from", "tensorrt-llm-stats", "-o", output)
+        assert said == f"-o {output}: lies in stats, which is read for this; name a path outside of it"
+
+
 def test_without_torch(epsim: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from epsim.formats import torch_file
 
     monkeypatch.setattr(torch_file, "find_spec", lambda name: None)
     said = epsim.fails("export", "p.json", "--to", "sglang", "-o", "s.pt")
     assert said == "s.pt: a .pt file needs torch; install it with: pip install 'epsim[trace]'"
+
+
+GIVEN = {
+    "layer_ids": (0,),
+    "num_experts": 4,
+    "num_devices": 2,
+    "topk": 1,
+    "placement": placement(),
+    "vision_token_ids": (0,),
+    "iteration": 0,
+    "request_tokens": 1,
+    "passes_as_requests": True,
+    "drop_unrecorded_prefix": True,
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_an_option_is_taken_or_refused(name: str, tmp_path: Path) -> None:
+    assert set(TAKEN) == {*PLACEMENTS, *LOADS, *ROUTINGS}
+    for field, value in GIVEN.items():
+        with pytest.raises(FormatError) as error:  # the file is not there
+            import_files([tmp_path / "absent"], name, tmp_path / "out", Options(**{field: value}))
+        assert (f"has no meaning for {name}; leave it out" in str(error.value)) == (field not in TAKEN[name])
+        assert str(error.value).startswith("--") == (field not in TAKEN[name])
 
 
 def test_a_list_of_layers() -> None:

@@ -158,6 +158,15 @@ def test_vllm_offline_and_arrays(epsim: Cli) -> None:
     holds(Path("t.arrow"), [Told(ONE.experts, np.array([8, 5, -1]), 2)], layer_ids=(0, 1))
 
 
+def test_lines_end_at_line_feeds_alone(epsim: Cli) -> None:
+    texts = ["one\u2028two", "\u0085", "\u2029"]
+    responses = [{**vllm_response(ONE, "newer"), "text": text} for text in texts]
+    text = "\r\n".join(json.dumps(response, ensure_ascii=False) for response in responses)
+    Path("r.jsonl").write_text(text, encoding="utf-8", newline="")
+    epsim.ok("import", "r.jsonl", "--from", "vllm-routed-experts", "-o", "t.arrow", *SIX)
+    holds(Path("t.arrow"), [ONE] * 3, layer_ids=(0, 1))
+
+
 def test_vision_tokens_are_those_that_are_named(epsim: Cli) -> None:
     Path("r.json").write_text(json.dumps(vllm_response(ONE, "newer")))
     options = ("--vision-token-id", "8", "--vision-token-id", "6")  # 6 is generated, so text
@@ -207,6 +216,39 @@ def test_chunked_and_mixed_prefill(epsim: Cli) -> None:
         (1, [(A, 0, 2)]), (1, [(A, 2, 3)]), (3, [(B, 0, 2), (A, 3, 4)]), (2, [(B, 2, 3), (A, 4, 5)]), (2, [(A, 5, 6)])
     )  # fmt: skip
     holds(imported(epsim, passes), [A, cut(B, 3, 2)], layer_ids=(1, 2))
+
+
+def test_a_last_chunk_of_one_token_is_prompt(epsim: Cli) -> None:
+    # B's prompt comes in chunks of 4 and 1 beside A, which decodes, so both are at position 4: five tokens, then one.
+    passes = records(
+        (1, [(A, 0, 3)]), (3, [(B, 0, 4), (A, 3, 4)]), (3, [(B, 4, 5), (A, 4, 5)]), (2, [(B, 5, 6), (A, 5, 6)])
+    )  # fmt: skip
+    holds(imported(epsim, passes), [A, Told(B.experts, B.tokens, 5)], layer_ids=(1, 2))
+
+
+def test_mixed_passes_one_after_the_other(epsim: Cli) -> None:
+    # C's prompt stands before B, which is at its first token after its prompt, and A: a prompt that goes on is first.
+    c = Told(A.experts[1:4], A.tokens[:3] + 20, 3)
+    passes = records((1, [(A, 0, 3)]), (3, [(B, 0, 3), (A, 3, 4)]), (3, [(c, 0, 3), (B, 3, 4), (A, 4, 5)]))
+    holds(imported(epsim, passes), [cut(A, 5, 3), cut(B, 4, 3), c], layer_ids=(1, 2))
+
+
+def test_mixed_passes_that_fit_in_no_way_or_several(epsim: Cli) -> None:
+    twin = Told(B.experts, B.tokens, 3)
+    command = ("import", "r.pt", "--from", "sglang-per-token", "-o", "t.arrow")
+    # Both prompts have come to 3: either goes on by a token while the other decodes.
+    passes = records((1, [(A, 0, 3), (twin, 0, 3)]), (3, [(A, 3, 4), (twin, 3, 4)]))
+    write_per_token(Path("r.pt"), passes, MAP)
+    for options in ((), ("--drop-unrecorded-prefix",)):
+        said = epsim.fails(*command, *options)
+        assert "an extend begins at 3, where 2 requests have come to; which goes on, and which decodes" in said
+    # B was not recorded before: it decodes without a beginning, or with --drop-unrecorded-prefix begins here.
+    c = Told(B.experts[:2], B.tokens[:2] + 20, 2)
+    passes = records((1, [(A, 0, 3)]), (3, [(c, 0, 2), (B, 4, 5), (A, 3, 4)]))
+    write_per_token(Path("r.pt"), passes, MAP)
+    assert "no running requests have come to the positions of its 2 decoded tokens" in epsim.fails(*command)
+    path = imported(epsim, passes, "--drop-unrecorded-prefix")
+    holds(path, [cut(A, 4, 3), c, Told(B.experts[4:5], B.tokens[4:5], 1)], layer_ids=(1, 2))
 
 
 def test_padded_tokens_are_left_out(epsim: Cli) -> None:
@@ -404,6 +446,37 @@ def test_damaged_vllm(epsim: Cli, change: Change, rule: str) -> None:
     assert rule in said
 
 
+# ONE's prompt has two tokens and its answer two, of which the last is never routed: the newer form has three rows, the
+# older one for the answer, or two.
+NEWER = {"routed_experts": ROWS}
+OLDER = {"routed_experts": ROWS[2:]}
+
+
+@pytest.mark.parametrize(
+    ("choices", "prompt", "completion_tokens", "rule"),
+    [
+        ([{**NEWER}], None, 2, ""),
+        ([{**NEWER}], None, 9, "has 3 rows, prompt and generated tokens - 1 are 10"),
+        ([{**NEWER}, {**NEWER}], None, 4, ""),  # of both together
+        ([{**NEWER, "token_ids": [6, 7]}, {**NEWER, "token_ids": [6]}], None, 4, "choices[1]: routed_experts: has 3"),
+        ([{**OLDER}], ROWS[:2], 1, ""),
+        ([{**OLDER}], ROWS[:2], 2, ""),
+        ([{**OLDER}], ROWS[:2], 5, "has 1 rows, generated tokens, perhaps without the last, are 4 or 5"),
+        ([{**OLDER, "token_ids": [6, 7, 8, 9, 9]}], ROWS[:2], None, "has 1 rows, generated tokens, perhaps"),
+        ([{"routed_experts": []}], ROWS[:2], 1, ""),
+        ([{"routed_experts": []}], ROWS[:2], 2, "has 0 rows, generated tokens, perhaps without the last, are 1 or 2"),
+    ],
+)
+def test_vllm_has_a_row_for_each_token(
+    epsim: Cli, choices: list[dict[str, Any]], prompt: Any, completion_tokens: int | None, rule: str
+) -> None:
+    usage = {"prompt_tokens": 2} | ({} if completion_tokens is None else {"completion_tokens": completion_tokens})
+    content = {"choices": choices, "usage": usage} | ({} if prompt is None else {"prompt_routed_experts": prompt})
+    Path("r.json").write_text(json.dumps(content))
+    command = ("import", "r.json", "--from", "vllm-routed-experts", "-o", "t.arrow", *SIX)
+    assert rule in (epsim.fails(*command) if rule else epsim.ok(*command))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [
@@ -472,13 +545,31 @@ def test_what_must_be_asked(epsim: Cli) -> None:
     for source in ("vllm-routed-experts", "sglang-routed-experts"):
         command = ("import", "r.json", "--from", source, "-o", "t.arrow")
         assert "write --num-experts or --model" in epsim.fails(*command)
-        assert "are logical experts, not physical ones" in epsim.fails(*command, *SIX, "--placement", "p.json")
+        said = epsim.fails(*command, *SIX, "--placement", "p.json")
+        assert said.startswith(f"--placement: has no meaning for {source}; leave it out")
     said = epsim.fails("import", "r.json", "--from", "sglang-routed-experts", "-o", "t.arrow", *SIX)
     assert "write --topk or --model" in said
     said = epsim.fails("import", "r.json", "--from", "vllm-routed-experts", "-o", "t.arrow", "--model", "olmo")
     assert said.startswith('--model: "olmo" is not a preset')
     command = ("import", "r.json", "--from", "vllm-routed-experts", "-o", "t.arrow", "--model", "olmoe")
     assert epsim.fails(*command).startswith("r.json: choices[0]: has 2 layers, OLMoE-1B-7B-0125 has 16, up to 15")
+
+
+def test_top_k_is_the_file_s(epsim: Cli) -> None:
+    Path("r.json").write_text(json.dumps(vllm_response(ONE, "newer")))
+    write_per_token(Path("r.pt"), records((1, [(ONE, 0, 3)])), MAP)
+    for name, source, where in (
+        ("r.json", "vllm-routed-experts", "r.json: choices[0]"),
+        ("r.pt", "sglang-per-token", "r.pt: records[0]: topk_ids_of_layer"),
+    ):
+        command = ("import", name, "--from", source, "-o", "t.arrow")
+        said = epsim.fails(*command, *SIX, "--topk", "3")
+        assert said == f"{where}: has top-2, --topk or the model 3; write that number"
+        card = ("--model", "moonlight", "--layer-ids", "1-2", "--num-experts", "6")
+        assert "has top-2, --topk or the model 6" in epsim.fails(*command, *card)
+        epsim.ok(*command, *card, "--topk", "2")
+    said = epsim.fails(*command, "--passes-as-requests", "--drop-unrecorded-prefix")
+    assert said.startswith("--drop-unrecorded-prefix: has no meaning with --passes-as-requests")
 
 
 # FLAME-MoE.
@@ -509,7 +600,7 @@ FLAME_DAMAGE: list[tuple[dict[str, Any], str]] = [
     ({"indices": lists(GOOD_SCORES, pa.float32()), "scores": SCORES}, "write whole numbers"),
     ({"indices": IDS, "scores": lists(GOOD_IDS, pa.int16())}, "scores: is int16; write float16"),
     ({"indices": IDS, "scores": lists([[0.5, -1.0]] * 3, pa.float16())}, "not finite, or negative"),
-    ({"indices": IDS[:2], "scores": SCORES[:2]}, "has 2 rows, the samples 3"),
+    ({"indices": IDS[:2], "scores": SCORES[:2]}, "layer_03/part-0.parquet: has 2 rows, f/samples/part"),
     ({"indices": lists([[0, 1], [1, 2], [4, 6]], pa.int16()), "scores": SCORES}, "expert 6 is not"),
     ({"indices": lists([[0, 1], [1, 1], [4, 5]], pa.int16()), "scores": SCORES}, "experts [1, 1]"),
 ]  # fmt: skip
@@ -517,11 +608,39 @@ FLAME_DAMAGE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("columns", "rule"), FLAME_DAMAGE, ids=[rule[:40] for _, rule in FLAME_DAMAGE])
 def test_damaged_flame(epsim: Cli, columns: dict[str, Any], rule: str) -> None:
-    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens)
+    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens, num_files=1)
     replace_layer(columns)
     said = epsim.fails(*flame(epsim, "--request-tokens", "2"))
     assert said.startswith("f/")
     assert rule in said
+
+
+def test_flame_files_are_the_same_everywhere(epsim: Cli) -> None:
+    # Samples of one row and of two; the files of layer 3 as many, with as many rows in all.
+    layer = Path("f/actives/iter_5473/layer_03")
+    command = flame(epsim, "--request-tokens", "2")
+    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens)
+    epsim.ok(*command)
+    first, second = layer / "part-0.parquet", layer / "part-1.parquet"
+    first.rename(layer / "z.parquet")  # comes second
+    said = epsim.fails(*command)
+    assert said.startswith(f'{layer}: has the files ["part-1.parquet", "z.parquet"], the samples ["part-0.parquet", "p')
+    second.rename(first)
+    (layer / "z.parquet").rename(second)
+    assert epsim.fails(*command).startswith(f"{first}: has 2 rows, f/samples/part-0.parquet 1; copy all of both")
+    first.rename(layer.with_suffix(".parquet"))
+    second.unlink()
+    layer.rmdir()
+    assert f"{layer.with_suffix('.parquet')}: is 1 files, the samples are 2" in epsim.fails(*command)
+
+
+def test_flame_with_a_file_for_each_name(epsim: Cli) -> None:
+    write_flame(Path("f"), ONE.experts, np.full((3, 2, 2), 0.5), ONE.tokens, num_files=1)
+    for folder in (Path("f/samples"), *Path("f/actives/iter_5473").iterdir()):
+        (folder / "part-0.parquet").rename(folder.with_suffix(".parquet"))
+        folder.rmdir()
+    epsim.ok(*flame(epsim, "--request-tokens", "3"))
+    holds(Path("t.arrow"), [Told(ONE.experts, ONE.tokens, 3)], layer_ids=(2, 3))
 
 
 def test_flame_asks_for_what_it_lacks(epsim: Cli) -> None:
@@ -540,7 +659,10 @@ def test_flame_asks_for_what_it_lacks(epsim: Cli) -> None:
     epsim.ok(*flame(epsim, *options, "--iteration", "5473"))
     epsim.ok("import", "f", "--from", "flame-moe", "-o", "e.arrow", *options, "--iteration", "5473")
     assert TraceFile.open("e.arrow").meta.num_experts == 64  # unless something else is said
-    assert "has its own layer ids" in epsim.fails(*flame(epsim, *options, "--iteration", "5473", "--layer-ids", "7-8"))
+    said = epsim.fails(*flame(epsim, *options, "--iteration", "5473", "--layer-ids", "7-8"))
+    assert said.startswith("f/actives/iter_5473: has layers 2-3, --layer-ids or the model 7-8; leave --layer-ids out")
+    said = epsim.fails(*flame(epsim, *options, "--iteration", "5473", "--topk", "3"))
+    assert "layer_02/part-0.parquet: indices: has top-2, --topk or the model 3; write that number" in said
     Path("f/samples/part-1.parquet").write_bytes(b"PAR1 cut off")
     Path("t.arrow").unlink()
     said = epsim.fails(*flame(epsim, *options, "--iteration", "5473"))

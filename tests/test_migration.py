@@ -307,6 +307,13 @@ def test_what_is_refused(num_devices: int, changes: dict[str, Any], message: str
     assert "\n" not in str(error.value)
 
 
+def test_ilp_says_why_there_is_no_solution() -> None:
+    # Three experts do not lie evenly on two devices, which the policy refuses before: no solution, whatever the time.
+    cost = MigrationCost(ids_LTK=np.array([[[0], [1]]]), num_experts=3, num_devices=2)
+    with pytest.raises(PlacementError, match=r"^placement.method: ilp failed: .*infeasible.*; write sweep$"):
+        ilp.solve_exactly(cost)
+
+
 def test_ilp_refuses_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = make_trace(follow(2, 5, 1))
     # 2 layers of 4 experts on 2 devices: 16 binary variables; 5 tokens follow at most 5 paths in each.

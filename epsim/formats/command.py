@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from epsim.atomic import check_outputs
-from epsim.errors import FormatError, PlacementError
+from epsim.errors import FormatError, OutputError, PlacementError
 from epsim.formats.loads import EXPORT_NAME, LOADS, export_loads
 from epsim.formats.loads_file import write_loads
-from epsim.formats.options import Options
+from epsim.formats.options import TAKEN, Options, check_taken
 from epsim.formats.placements import PLACEMENTS
 from epsim.formats.routings import ROUTINGS
 from epsim.placement.file import read_placement_file, write_placement_file
@@ -19,10 +19,19 @@ from epsim.scenario.describe import closest
 from epsim.trace.file import TraceFile
 
 
-def import_files(paths: Sequence[Path], name: str, output: Path, options: Options) -> list[str]:
-    """Read files of another system and write epsim's own: a placement, loads, or a routing trace."""
-    check_outputs({"-o": output}, paths)
+def import_files(
+    paths: Sequence[Path], name: str, output: Path, options: Options, beside: Sequence[Path] = ()
+) -> list[str]:
+    """Read files of another system and write epsim's own: a placement, loads, or a routing trace.
+
+    beside: files that the options were read from, which are not written over either.
+    """
+    check_outputs({"-o": output}, [*paths, *beside])
+    if folder := next((path for path in paths if path.is_dir() and path.resolve() in output.resolve().parents), None):
+        raise OutputError(f"-o {output}: lies in {folder}, which is read for this; name a path outside of it")
     sources = list(paths)
+    if name in TAKEN:
+        check_taken(name, options)
     if name in PLACEMENTS:
         if len(sources) != 1:
             raise FormatError(f"{sources[1]}: a placement is one file; import them one by one")

@@ -1,7 +1,8 @@
 """FLAME-MoE's public traces: Parquet `actives/iter_N/layer_NN` (scores, indices) and `samples` (token_id), row by row.
 
 iter_N is a checkpoint of the training, and all of them saw the same samples. Rows have no bounds of
-requests. A folder of Parquet files, or one such file, may stand for each name. Letters: T rows, L MoE layers, K top-k.
+requests. A folder of Parquet files, or one such file, may stand for each name; files of a name are those of the others,
+row by row, so that no order of shards can pair other rows. Letters: T rows, L MoE layers, K top-k.
 """
 
 import re
@@ -16,9 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from epsim.errors import FormatError
-from epsim.formats.options import Options, check_experts
+from epsim.formats.options import Options, check_experts, check_layer_ids, check_topk
 from epsim.formats.reading import Ints
 from epsim.formats.routed_requests import Recording, RoutedRequest, write_requests
+from epsim.scenario.describe import show
 
 NAME = "flame-moe"
 NUM_EXPERTS = 64
@@ -31,8 +33,6 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     """Write the trace of a checkpoint: each `request_tokens` rows are a request, all of it prompt."""
     if len(paths) != 1:
         raise FormatError(f"{paths[1]}: {NAME} is one folder; import them one by one")
-    if options.placement is not None:
-        raise FormatError(f"--placement: the ids of {NAME} are logical experts, not physical ones; leave it out")
     folder = paths[0]
     if not folder.is_dir():
         raise FormatError(f"{folder}: is not a folder; write the path of {_NOUN}")
@@ -41,14 +41,14 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     iteration, active = _iteration(folder / "actives", options)
     layers = _layers(active)
     layer_ids = tuple(sorted(layers))
-    if options.known_layer_ids not in (None, layer_ids):
-        raise FormatError(f"{active}: has its own layer ids; leave --layer-ids out, and name another --model if any")
+    check_layer_ids(layer_ids, options, str(active))
     num_experts = options.known_num_experts or NUM_EXPERTS
     check_experts(num_experts, options, str(active))
     samples = folder / "samples" / active.name if (folder / "samples" / active.name).exists() else folder / "samples"
     sources = [_files(samples), *(_files(layers[layer_id]) for layer_id in layer_ids)]
     _check_rows([samples, *(layers[layer_id] for layer_id in layer_ids)], sources)
     topk = _first_topk(sources[1][0])
+    check_topk(topk, options, f"{sources[1][0]}: indices")
     recording = Recording(
         layer_ids=layer_ids,
         num_experts=num_experts,
@@ -100,11 +100,22 @@ def _files(path: Path) -> list[Path]:
 
 
 def _check_rows(names: list[Path], sources: list[list[Path]]) -> None:
-    """Raise FormatError unless each layer has as many rows as the samples."""
-    sizes = [sum(_open(file).metadata.num_rows for file in files) for files in sources]
-    for name, size in zip(names, sizes, strict=True):
-        if size != sizes[0] or not size:
-            raise FormatError(f"{name}: has {size} rows, the samples {sizes[0]}; copy all of both")
+    """Raise FormatError unless each layer has the files of the samples: by their names, if in a folder, and rows."""
+    samples = [_open(file).metadata.num_rows for file in sources[0]]
+    if not sum(samples):
+        raise FormatError(f"{names[0]}: has 0 rows; copy all of it")
+    for name, files in zip(names[1:], sources[1:], strict=True):
+        in_folders = name.is_dir() and names[0].is_dir()
+        here, there = ([file.name for file in group] if in_folders else len(group) for group in (files, sources[0]))
+        if here != there:
+            raise FormatError(
+                f"{name}: has the files {show(here)}, the samples {show(there)}; rows go file by file, copy all of both"
+                if in_folders
+                else f"{name}: is {here} files, the samples are {there}; rows go file by file, write as many of both"
+            )
+        for file, of_samples, size in zip(files, sources[0], samples, strict=True):
+            if (found := _open(file).metadata.num_rows) != size:
+                raise FormatError(f"{file}: has {found} rows, {of_samples} {size}; copy all of both")
 
 
 def _first_topk(file: Path) -> int:

@@ -1,4 +1,8 @@
-"""What a foreign file does not say: `Options`, from the command line; `choose_layers`, which rows are which layers."""
+"""What a foreign file does not say: `Options`, from the command line; `choose_layers`, which rows are which layers.
+
+What it does say must be as the options have it: `check_layer_ids`, `check_experts`, `check_topk`. `TAKEN` says which
+options have a meaning for which format.
+"""
 
 import re
 from dataclasses import dataclass
@@ -7,10 +11,39 @@ from pathlib import Path
 
 from epsim.errors import FormatError
 from epsim.model import ModelCard
-from epsim.placement.file import PlacementFile
+from epsim.placement.file import PlacementFile, ranges
 
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _MAX_LAYERS = 10_000
+_NAMES = {
+    "layer_ids": "--layer-ids",
+    "num_experts": "--num-experts",
+    "num_devices": "--devices",
+    "topk": "--topk",
+    "model": "--model",
+    "placement": "--placement",
+    "vision_token_ids": "--vision-token-id",
+    "iteration": "--iteration",
+    "request_tokens": "--request-tokens",
+    "passes_as_requests": "--passes-as-requests",
+    "drop_unrecorded_prefix": "--drop-unrecorded-prefix",
+}
+_LOADS = ("layer_ids", "num_experts", "model")
+_PLACEMENT = (*_LOADS, "num_devices")
+_ROUTING = (*_LOADS, "topk", "vision_token_ids")
+TAKEN: dict[str, tuple[str, ...]] = {  # fields of Options
+    "sglang": _PLACEMENT,
+    "tensorrt-llm": _PLACEMENT,
+    "vllm-ascend": _PLACEMENT,
+    "exflow": _PLACEMENT,
+    "sglang-logical-count": _LOADS,
+    "sglang-stat": _LOADS,
+    "tensorrt-llm-stats": (*_LOADS, "topk"),
+    "sglang-per-token": (*_ROUTING, "placement", "passes_as_requests", "drop_unrecorded_prefix"),
+    "sglang-routed-experts": _ROUTING,
+    "vllm-routed-experts": _ROUTING,
+    "flame-moe": (*_ROUTING, "iteration", "request_tokens"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +131,31 @@ def choose_layers(num_rows: int, options: Options, where: str) -> tuple[list[int
         f"{where}: has {num_rows} layers, {source} {len(ids)}, up to {ids[-1]}; "
         "name as many with --layer-ids, or some of the rows"
     )
+
+
+def check_taken(name: str, options: Options) -> None:
+    """Raise FormatError for an option that is given and has no meaning for a format."""
+    for field, option in _NAMES.items():
+        value = getattr(options, field)
+        if field not in TAKEN[name] and value is not None and value is not False and value != ():
+            taken = ", ".join(_NAMES[other] for other in _NAMES if other in TAKEN[name])
+            raise FormatError(f"{option}: has no meaning for {name}; leave it out, and of {taken} write what is needed")
+
+
+def check_layer_ids(found: tuple[int, ...], options: Options, where: str) -> None:
+    """Raise FormatError if a file that has layer ids has others than the options."""
+    known = options.known_layer_ids
+    if known not in (None, found):
+        raise FormatError(
+            f"{where}: has layers {ranges(found)}, --layer-ids or the model {ranges(known or ())}; "
+            "leave --layer-ids out, and name another --model if any"
+        )
+
+
+def check_topk(found: int, options: Options, where: str) -> None:
+    """Raise FormatError if a file that says how many experts a token has says another number than the options."""
+    if options.known_topk not in (None, found):
+        raise FormatError(f"{where}: has top-{found}, --topk or the model {options.known_topk}; write that number")
 
 
 def check_experts(found: int, options: Options, where: str) -> None:

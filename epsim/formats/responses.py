@@ -26,7 +26,7 @@ def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".npz":
         yield str(path), _arrays(path)
     elif path.suffix == ".jsonl":
-        lines = read_text(path, NOUN).splitlines()
+        lines = read_text(path, NOUN).split("\n")  # str.splitlines() also splits at U+2028, which JSON has in strings
         full = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
         if not full:
             raise FormatError(f"{path}: is empty; write {NOUN}")

@@ -3,6 +3,7 @@
 Both are int [N, L, E] or [L, E] with a row per layer of the model; dense layers and unused steps are zero.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from epsim import __version__
 from epsim.errors import FormatError
 from epsim.formats.loads_file import Loads
-from epsim.formats.options import Options, check_experts, choose_layers, names
+from epsim.formats.options import Options, check_experts, check_layer_ids, choose_layers, names
 from epsim.formats.reading import Ints, field, in_range, ints, mapping, read_json
 from epsim.formats.torch_file import load_torch, tensor
 from epsim.scenario.describe import show
@@ -54,21 +55,25 @@ def read_logical_count(paths: list[Path], options: Options) -> Loads:
     value = tensor(field(fields, "logical_count", str(path)))
     where = f"{path}: logical_count"
     count = ints(value, ("layer", "expert") if _depth(value) == 2 else ("step", "layer", "expert"), where)
-    if "layer_ids" in fields and options.known_layer_ids is None:
+    if "layer_ids" in fields:
         return _own(fields, count, path, options)
     return _loads(count, where, paths, options, {}, LOGICAL_COUNT)
 
 
 def _own(fields: dict[str, Any], count: Ints, path: Path, options: Options) -> Loads:
-    """Return loads with the layer ids that stand beside them."""
+    """Return loads with the layer ids that stand beside them, or those of them that the options name."""
     ids = tuple(ints(fields["layer_ids"], ("layer",), f"{path}: layer_ids").tolist())
     if len(ids) != count.shape[-2] or ids[0] < 0 or any(a >= b for a, b in pairwise(ids)):
         raise FormatError(
             f"{path}: layer_ids: {show(list(ids))} are not {count.shape[-2]} ascending ids, one per layer of "
             "logical_count; write those, or leave layer_ids out"
         )
-    loads = _loads(count, f"{path}: logical_count", [path], options, {}, LOGICAL_COUNT)
-    return Loads(logical_count=loads.logical_count, layer_ids=ids, about=loads.about)
+    known = options.known_layer_ids or ids
+    if not set(known) <= set(ids):
+        check_layer_ids(ids, options, f"{path}: layer_ids")
+    rows = [ids.index(layer_id) for layer_id in known]
+    named = replace(options, layer_ids=known)
+    return _loads(count.take(rows, axis=-2), f"{path}: logical_count", [path], named, {}, LOGICAL_COUNT)
 
 
 def _loads(count: Ints, where: str, paths: list[Path], options: Options, about: dict[str, Any], system: str) -> Loads:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epsim.errors import FormatError
-from epsim.formats.options import Options, check_experts, choose_layers
+from epsim.formats.options import Options, check_experts, check_topk, choose_layers
 from epsim.formats.reading import Ints, field, in_range, ints, mapping, whole
 from epsim.formats.torch_file import load_torch, tensor
 from epsim.scenario.describe import show
@@ -70,6 +70,7 @@ def read_passes(paths: list[Path], options: Options) -> Recorded:
             )
     rows, layer_ids = _layers(raws, options)
     topk = _topk(raws, rows)
+    check_topk(topk, options, f"{raws[0].where}: topk_ids_of_layer")
     num_experts = int(max(raw.map_LP.max() for raw in raws)) + 1
     check_experts(num_experts, options, f"{paths[0]}: last_physical_to_logical_map")
     passes: dict[int, list[Pass]] = {}

@@ -22,6 +22,8 @@ _OTHERWISE = "take each forward pass as a request of its own with --passes-as-re
 
 def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     """Write the trace; requests are in the order of their ranks, and on a rank of their first tokens."""
+    if options.passes_as_requests and options.drop_unrecorded_prefix:
+        raise FormatError("--drop-unrecorded-prefix: has no meaning with --passes-as-requests; leave one of them out")
     recorded = read_passes(paths, options)
     requests: list[RoutedRequest] = []
     for rank, passes in recorded.passes.items():
@@ -108,25 +110,34 @@ class _Batch:
             self._decode(one, 0)
             return
         bounds = np.concatenate(([0], np.cumsum(one.extend_lens)))
-        num_extends = len(one.extend_lens) - (self._num_decodes(one, bounds) if one.mode == MIXED else 0)
-        decoded: list[_Request] = []
-        if num_extends < len(one.extend_lens):
-            self._decode(one, int(bounds[num_extends]))
-            decoded, self.running = self.running, []
-        for i in range(num_extends):
-            self._extend(one, slice(int(bounds[i]), int(bounds[i + 1])))
-        self.running += decoded  # after a mixed pass SGLang has the prompts first
+        num_decodes = self._num_decodes(one, bounds) if one.mode == MIXED else 0
+        num_extends = len(one.extend_lens) - num_decodes
+        first = int(bounds[num_extends])
+        wanted = [int(p) for p in one.position_T[first:]]
+        prompts = [self._extend(one, slice(int(bounds[i]), int(bounds[i + 1])), wanted) for i in range(num_extends)]
+        if num_decodes:
+            self._decode(one, first)
+            self.running = [*prompts, *self.running]  # after a mixed pass SGLang has the prompts first
+        else:
+            self.running += prompts
 
     def _num_decodes(self, one: Pass, bounds: NDArray[np.int64]) -> int:
-        """Return how many requests at the end of a mixed pass decode: those that extend by one token, not the first."""
+        """Return how many requests at the end of a mixed pass decode: those that extend by one token, not their first.
+
+        The first request of the pass is none of them: there is a prompt, and one that goes on stands before new ones.
+        With a prefix that may be left out, those before the running ones may be such prompts.
+        """
+        starts, lens = one.position_T[bounds[:-1]], one.extend_lens
         number = 0
-        for start, size in zip(bounds[:-1][::-1], one.extend_lens[::-1], strict=True):
-            if size != 1 or one.position_T[start] == 0 or number == len(self.running):
-                break
+        while number < len(lens) - 1 and lens[-1 - number] == 1 and starts[-1 - number] != 0:
             number += 1
+        come_to = [request.next_position for request in self.running]
+        while self.drop_unrecorded_prefix and _embed([int(p) for p in starts[len(lens) - number :]], come_to) is None:
+            number -= 1
         return number
 
-    def _extend(self, one: Pass, rows: slice) -> None:
+    def _extend(self, one: Pass, rows: slice, wanted: list[int]) -> _Request:
+        """Give tokens to a new request, or to one whose prefill goes on; return it, no longer among the waiting."""
         position_T = one.position_T[rows]
         start = int(position_T[0])
         if (np.diff(position_T) != 1).any():
@@ -135,7 +146,7 @@ class _Batch:
                 f"{one.where}: positions: {position_T[t + 1]} after {position_T[t]} in one request; they ascend by 1, "
                 f"or else {_OTHERWISE}"
             )
-        request = self._continued(one, start) if start else None
+        request = self._continued(one, start, wanted) if start else None
         if request is None:
             request = _Request(where=f"{one.where}, token {rows.start}", next_position=start)
             self.all.append(request)
@@ -143,20 +154,24 @@ class _Batch:
             if request in waiting:
                 waiting.remove(request)
         request.add(one, rows)
-        self.running.append(request)
+        return request
 
-    def _continued(self, one: Pass, start: int) -> _Request | None:
-        """Return the request whose prefill goes on at a position; None for a new one whose beginning is left out."""
-        fitting = [r for r in (*self.running, *self.held) if not r.decoding and r.next_position == start]
+    def _continued(self, one: Pass, start: int, wanted: list[int]) -> _Request | None:
+        """Return the request whose prefill goes on at a position; None for a new one whose beginning is left out.
+
+        wanted: positions of the tokens that the pass decodes, for which the other running requests must do.
+        """
+        come = [r for r in (*self.running, *self.held) if not r.decoding and r.next_position == start]
+        fitting = [r for r in come if _embed(wanted, [q.next_position for q in self.running if q is not r]) is not None]
         if len(fitting) == 1:
             return fitting[0]
-        if not fitting and self.drop_unrecorded_prefix:
-            return None
-        if fitting:
+        if come:
             raise FormatError(
-                f"{one.where}: positions: an extend begins at {start}, where {len(fitting)} requests have come to; "
-                f"which goes on cannot be told, {_OTHERWISE}"
+                f"{one.where}: positions: an extend begins at {start}, where {len(come)} requests have come to; "
+                f"which goes on, and which decodes, cannot be told, {_OTHERWISE}"
             )
+        if self.drop_unrecorded_prefix:
+            return None
         raise FormatError(
             f"{one.where}: positions: an extend begins at {start}, where no request has come to: its beginning was "
             f"cached, or not recorded; leave that out with --drop-unrecorded-prefix, or {_OTHERWISE}"

@@ -17,7 +17,7 @@ from epsim.formats.options import Options, choose_layers, names, needed_num_expe
 from epsim.formats.reading import Ints, mapping
 from epsim.formats.responses import count, read_responses, token_ids
 from epsim.formats.routed_requests import Recording, RoutedRequest, write_requests
-from epsim.formats.vllm_routed_experts import refuse_placement, take_layers
+from epsim.formats.vllm_routed_experts import take_layers
 from epsim.scenario.describe import show
 
 NAME = "sglang-routed-experts"
@@ -26,7 +26,6 @@ _HOLDERS = ("meta_info", "sglext")
 
 def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     """Write the trace; each response is a request."""
-    refuse_placement(NAME, options)
     num_experts, topk = needed_num_experts(options, str(paths[0])), options.known_topk
     if topk is None:
         raise FormatError(f"{paths[0]}: does not say how many experts a token has; write --topk or --model")

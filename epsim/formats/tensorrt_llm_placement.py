@@ -11,7 +11,7 @@ import yaml
 
 from epsim.atomic import whole_file, write_errors
 from epsim.errors import FormatError
-from epsim.formats.options import Options
+from epsim.formats.options import Options, check_layer_ids
 from epsim.formats.placement_checks import build, filled
 from epsim.formats.reading import field, in_range, ints, mapping, only_keys, read_text, whole
 from epsim.placement.file import PlacementFile
@@ -41,8 +41,7 @@ def read(path: Path, options: Options) -> PlacementFile:
             "while it serves; write 0"
         )
     layer_ids, p2l_LP = _assignments(field(fields, "initial_global_assignments", str(path)), num_slots, path)
-    if options.layer_ids not in (None, layer_ids):
-        raise FormatError(f"{path}: initial_global_assignments: has its own layer ids; leave --layer-ids out")
+    check_layer_ids(layer_ids, options, f"{path}: initial_global_assignments")
     if options.num_devices is None:
         raise FormatError(f"{path}: does not say over how many devices its {num_slots} slots lie; write --devices")
     num_experts = options.known_num_experts or int(p2l_LP.max(initial=0)) + 1

@@ -13,7 +13,7 @@ import numpy as np
 from epsim import __version__
 from epsim.errors import FormatError
 from epsim.formats.loads_file import Loads
-from epsim.formats.options import Options, check_experts
+from epsim.formats.options import Options, check_experts, check_layer_ids, check_topk
 from epsim.formats.reading import Ints, field, in_range, ints, mapping, read_json, whole
 from epsim.scenario.describe import show
 
@@ -32,6 +32,7 @@ def read(paths: list[Path], options: Options) -> Loads:
         raise FormatError(f"{folder}: is not a folder; write the path of {_NOUN}")
     num_experts, topk = _meta(folder / "meta_info.json")
     check_experts(num_experts, options, f"{folder / 'meta_info.json'}: num_experts")
+    check_topk(topk, options, f"{folder / 'meta_info.json'}: num_experts_per_token")
     ranks = _ranks(folder)
     first = _read_rank(ranks[0], num_experts)
     steps = sorted({step for step, _ in first})
@@ -46,8 +47,7 @@ def read(paths: list[Path], options: Options) -> Loads:
             raise FormatError(f"{path}: {verb} {step}_{layer}; each rank must have each layer in each iteration")
         for (step, layer), count_E in counts.items():
             count_NLE[steps.index(step), layer_ids.index(layer)] += count_E
-    if options.layer_ids not in (None, layer_ids):
-        raise FormatError(f"{folder}: has its own layer ids; leave --layer-ids out")
+    check_layer_ids(layer_ids, options, str(folder))
     about = {"system": NAME, "files": [folder.name], "num_ranks": len(ranks), "num_experts_per_token": topk}
     return Loads(
         logical_count=count_NLE,

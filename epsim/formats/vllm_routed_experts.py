@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from epsim.errors import FormatError
-from epsim.formats.options import Options, choose_layers, names, needed_num_experts
+from epsim.formats.options import Options, check_topk, choose_layers, names, needed_num_experts
 from epsim.formats.reading import Ints, ints, mapping
 from epsim.formats.responses import DAMAGED, count, read_responses, token_ids
 from epsim.formats.routed_requests import Recording, RoutedRequest, write_requests
@@ -25,7 +25,6 @@ _AXES = ("token", "layer", "expert")
 
 def read(paths: list[Path], output: Path, options: Options) -> list[str]:
     """Write the trace; each choice of each response is a request."""
-    refuse_placement(NAME, options)
     num_experts = needed_num_experts(options, str(paths[0]))
     requests: list[RoutedRequest] = []
     versions: set[str] = set()
@@ -39,11 +38,13 @@ def read(paths: list[Path], output: Path, options: Options) -> list[str]:
                 versions.add(version)
     if not requests:
         raise FormatError(f"{paths[0]}: has no responses with a choice; write them as the server gave them")
+    topk = requests[0].ids_TLK.shape[2]
     rows, layer_ids = choose_layers(requests[0].ids_TLK.shape[1], options, requests[0].where)
+    check_topk(topk, options, requests[0].where)
     recording = Recording(
         layer_ids=layer_ids,
         num_experts=num_experts,
-        topk=requests[0].ids_TLK.shape[2],
+        topk=topk,
         with_token_ids=any(request.token_id_T is not None for request in requests),
         about={
             "system": "vLLM",
@@ -64,12 +65,6 @@ def take_layers(request: RoutedRequest, rows: list[int]) -> RoutedRequest:
     return RoutedRequest(
         where=request.where, ids_TLK=ids_TLK, num_prompt=request.num_prompt, token_id_T=request.token_id_T
     )
-
-
-def refuse_placement(name: str, options: Options) -> None:
-    """Raise FormatError if --placement is given for a format whose ids are logical."""
-    if options.placement is not None:
-        raise FormatError(f"--placement: the ids of {name} are logical experts, not physical ones; leave it out")
 
 
 def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequest, int]]:
@@ -93,8 +88,12 @@ def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequ
         ids_TLK = None if nothing else _array(routed, f"{place}: routed_experts")
         all_TLK = _join(prompt_TLK, ids_TLK, place)
         generated_ids_T = token_ids(holder, "token_ids", place)
-        if prompt_TLK is None and generated_ids_T is not None:
-            _check_rows(len(all_TLK), num_prompt + len(generated_ids_T) - 1, place)
+        generated = None if generated_ids_T is None else len(generated_ids_T)
+        if generated is None and len(choices) == 1:
+            generated = count(response, "usage", "completion_tokens", where)
+        if generated is not None:
+            of_prompt = num_prompt if prompt_TLK is None else 0
+            _check_rows(0 if ids_TLK is None else len(ids_TLK), of_prompt, generated, place)
         ids_T = _token_ids(prompt_ids_T, generated_ids_T, len(all_TLK))
         yield _without_cached(all_TLK, num_prompt, ids_T, place)
 
@@ -134,11 +133,14 @@ def _num_prompt(response: dict[str, Any], prompt_ids_T: Ints | None, prompt_TLK:
     return number
 
 
-def _check_rows(found: int, expected: int, place: str) -> None:
-    if found != expected:
+def _check_rows(found: int, of_prompt: int, generated: int, place: str) -> None:
+    """Raise FormatError unless there is a row for each token; that of the last generated one only stands in the older
+    form, without the prompt (`of_prompt` 0), and need not."""
+    expected = [of_prompt + generated - 1] if of_prompt else [max(generated - 1, 0), generated]
+    if found not in expected:
+        rows = "prompt and generated tokens - 1 are" if of_prompt else "generated tokens, perhaps without the last, are"
         raise FormatError(
-            f"{place}: routed_experts: has {found} rows, prompt and generated tokens - 1 are {expected}; "
-            "write a row for each"
+            f"{place}: routed_experts: has {found} rows, {rows} {' or '.join(map(str, expected))}; write a row for each"
         )
 
 

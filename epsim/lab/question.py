@@ -20,13 +20,14 @@ from epsim.run import model_and_cluster
 from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw, split_override
 from epsim.scenario.load import preset_names
 from epsim.scenario.spec import WorkloadSpec
-from epsim.scenario.yaml_text import parse_yaml
+from epsim.scenario.yaml_text import parse_yaml, read_mapping
 from epsim.trace import TraceSource
 from epsim.trace.file import TraceFile
 from epsim.traces import checked_trace
 
 BATCH_SIZES = [1, 8]  # unless the scenario says some
 ALL = "all"
+_SECTIONS = ("model", "cluster")
 _ASKED = ("placement", "trace")  # fields that the command itself sets
 
 
@@ -188,6 +189,17 @@ def choose(texts: Sequence[str], baseline: str | None, question: Question) -> Ch
     if baseline is not None and baseline not in [choice.label for choice in choices]:
         choices.insert(0, parse_policy(baseline, question))
     return Chosen(choices=tuple(choices), baseline=baseline, first=first, optional=optional, left_out=left_out)
+
+
+def files_read(question: Question, chosen: Chosen, scenario: Path | None) -> list[Path]:
+    """Return the files that hold the model, the cluster and the placements, as far as they are named by a path."""
+    written = {} if scenario is None else read_mapping(scenario, "scenario")  # overrides put contents in their place
+    folder = Path() if scenario is None else scenario.parent
+    named = [(Path(), question.raw[section]) for section in _SECTIONS]
+    named += [(folder, written.get(section)) for section in _SECTIONS]
+    files = [at / name for at, name in named if isinstance(name, str) and name.endswith((".yaml", ".yml"))]
+    paths = [getattr(choice.spec.placement, "path", None) for choice in chosen.choices]
+    return files + [Path(path) for path in paths if path is not None]
 
 
 def _every(question: Question, named: Sequence[str], left_out: dict[str, str]) -> Iterator[Choice]:

@@ -16,7 +16,7 @@ from epsim.placement.placement import IntArray, Placement
 from epsim.placement.problem import PlacementProblem
 
 MAX_VARIABLES = 10_000
-_TIME_LIMIT = 1  # status of scipy.optimize.milp
+TIME_LIMIT_STATUS = 1  # of scipy.optimize.milp
 _HINT = "use placement.policy: coactivation, which searches without a proof"
 
 Floats = npt.NDArray[np.float64]
@@ -63,7 +63,7 @@ class Exact:
             constraints=LinearConstraint(matrix_CV, least_C, most_C),
             options={"time_limit": self.time_limit, "mip_rel_gap": 0.0},
         )
-        if answer.status == _TIME_LIMIT:
+        if answer.status == TIME_LIMIT_STATUS:
             left = "" if answer.x is None else f", of which at most {100 * answer.mip_gap:.2g} % could be saved"
             found = f"{'no' if answer.x is None else 'a'} placement{left}"
             raise PlacementError(

@@ -6,8 +6,9 @@ E logical experts, P slots of all devices, R devices; slot p lies on device p //
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ def json_lines(fields: dict[str, Any], matrix: str) -> str:
             text = "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
         lines.append(f"  {json.dumps(name)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def ranges(ids: Sequence[int]) -> str:
+    """Return ascending ids as people write them.
+
+    >>> ranges([1, 3, 4, 5])
+    '1, 3-5'
+    """
+    runs = [list(run) for _, run in groupby(enumerate(ids), lambda place: place[1] - place[0])]
+    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
 
 
 def is_placement_file(content: object) -> bool:

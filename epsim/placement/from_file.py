@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from epsim.errors import PlacementError
-from epsim.placement.file import is_placement_file, parse_placement_file
+from epsim.placement.file import is_placement_file, parse_placement_file, ranges
 from epsim.placement.placement import Placement
 from epsim.placement.problem import PlacementProblem
 
@@ -17,6 +17,7 @@ _FORM = 'a JSON object {"physical_to_logical_map": [layers][slots]} of expert id
 class FromFile:
     """Reads an epsim placement file, or `{"physical_to_logical_map": [L][P]}` (SGLang's `--init-expert-location`).
 
+    epsim's own file must be for the layers of the trace; SGLang's form has no layer ids, only as many rows.
     P may exceed the number of experts (redundant experts; -1 is an empty slot) and must divide over the devices.
     """
 
@@ -42,6 +43,11 @@ class FromFile:
         except PlacementError as error:
             raise PlacementError(f"placement.path: {self.path}: {error}") from error
         self._check_layers(len(placement.layer_ids), problem)
+        if problem.trace is not None and placement.layer_ids != problem.trace.meta.layer_ids:
+            raise PlacementError(
+                f"placement.path: {self.path}: layer_ids: it is for layers {ranges(placement.layer_ids)}, "
+                f"the trace has {ranges(problem.trace.meta.layer_ids)}; name a placement that was made for them"
+            )
         for noun, found, needed in (
             ("experts", placement.num_experts, problem.num_experts),
             ("devices", placement.num_devices, problem.num_devices),

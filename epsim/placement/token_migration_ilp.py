@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from epsim.errors import PlacementError
+from epsim.placement.exact import TIME_LIMIT_STATUS
 from epsim.placement.migration_cost import Devices, Floats, MigrationCost
 
 MAX_BINARIES = 64  # 4 layers of 8 experts on 2 devices take a second to a minute, on 4 devices more than two minutes
@@ -25,7 +26,7 @@ TIME_LIMIT_S = 120.0
 def solve_exactly(cost: MigrationCost) -> Devices:
     """Return the device of each expert, [L, E], of a placement of least cost.
 
-    Raises PlacementError where the case is too large, or is not solved in TIME_LIMIT_S.
+    Raises PlacementError where the case is too large, or is not solved, in TIME_LIMIT_S or at all.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp  # here: slow to load
 
@@ -47,10 +48,12 @@ def solve_exactly(cost: MigrationCost) -> Devices:
         bounds=Bounds(least, 1.0),
         options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 0.0},
     )
-    if result.status != 0:
+    if result.status == TIME_LIMIT_STATUS:
         raise PlacementError(
             f"placement.method: ilp was not solved in {TIME_LIMIT_S:.0f} s; write sweep, or give it a smaller case"
         )
+    if not result.success:
+        raise PlacementError(f"placement.method: ilp failed: {result.message}; write sweep")
     x_LER = result.x[: program.num_binaries].reshape(shape)
     return np.asarray(x_LER.argmax(axis=2), dtype=np.int32)
 

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,21 +149,24 @@ def write_flame(
     *,
     first: int = 2,
     name: str = "iter_5473",
+    num_files: int = 2,
 ) -> None:
-    """Write FLAME-MoE's folders: experts and scores [T, L, K], two Parquet files of samples, one of each layer."""
+    """Write FLAME-MoE's folders: experts and scores [T, L, K], as many Parquet files of samples as of each layer."""
     active, samples = folder / "actives" / name, folder / "samples"
     samples.mkdir(parents=True, exist_ok=True)
-    half = len(tokens) // 2
-    for i, part in enumerate((tokens[:half], tokens[half:])):
+    bounds = np.linspace(0, len(tokens), num_files + 1).astype(int)
+    parts = [slice(start, end) for start, end in pairwise(bounds)]
+    for i, part in enumerate(tokens[part] for part in parts):
         pq.write_table(pa.table({"token_id": pa.array(part, pa.int32())}), samples / f"part-{i}.parquet")
     for layer in range(experts.shape[1]):
         into = active / f"layer_{first + layer:02d}"
         into.mkdir(parents=True)
-        columns = {
-            "scores": pa.array(list(scores[:, layer].astype(np.float16)), pa.list_(pa.float16())),
-            "indices": pa.array(experts[:, layer].tolist(), pa.list_(pa.int16())),
-        }
-        pq.write_table(pa.table(columns), into / "part-0.parquet", row_group_size=3)
+        for i, part in enumerate(parts):
+            columns = {
+                "scores": pa.array(list(scores[part, layer].astype(np.float16)), pa.list_(pa.float16())),
+                "indices": pa.array(experts[part, layer].tolist(), pa.list_(pa.int16())),
+            }
+            pq.write_table(pa.table(columns), into / f"part-{i}.parquet", row_group_size=3)
 
 
 class Cli:
