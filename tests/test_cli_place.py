@@ -144,6 +144,28 @@ def test_mistakes_are_one_line(
 
 
 @pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("trace: other.arrow", "trace is what this command sets; name the file as the argument"),
+        ("trace.path: other.arrow", "trace is what this command sets; name the file as the argument"),
+        ("trace: null", "trace is what this command sets; name the file as the argument"),
+        ("placement: {policy: random}", "placement is what this command sets; write policies with --policy"),
+        ("placement: null", "placement is what this command sets; write policies with --policy"),
+    ],
+)
+def test_a_file_of_overrides_sets_neither_trace_nor_placement(
+    field: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "other").mkdir()
+    write_question(folder / "other", mixed_trace(seed=1))
+    (folder / "other" / "trace.arrow").rename(folder / "other.arrow")
+    (folder / "own.yaml").write_text(f"overrides: {{homes.policy: balanced, {field}}}\n")
+    arguments = ("trace.arrow", "--scenario", "small.yaml", "--policy", "random", "--set", "@own.yaml")
+    said = complaint(arguments, monkeypatch, capsys, folder)
+    assert f'--set "@own.yaml": {words}' in said
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("no.arrow", "--policy", "random", "--cluster", "h100-2x8"), "no.arrow"),

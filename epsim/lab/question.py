@@ -17,7 +17,7 @@ from epsim.placement import POLICIES
 from epsim.placement.exact import Exact
 from epsim.placement.policies import Contiguous
 from epsim.run import model_and_cluster
-from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw, split_override
+from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw
 from epsim.scenario.load import preset_names
 from epsim.scenario.spec import WorkloadSpec
 from epsim.scenario.yaml_text import parse_yaml
@@ -27,7 +27,6 @@ from epsim.traces import checked_trace
 
 BATCH_SIZES = [1, 8]  # unless the scenario says some
 ALL = "all"
-_ASKED = ("placement", "trace")  # fields that the command itself sets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,13 +81,7 @@ def ask(
     Raises InputError, one line, for whatever does not fit together.
     """
     raw = _raw(TraceFile.open(trace), scenario, model, cluster)
-    for text in overrides:
-        if not text.startswith("@"):
-            section = re.split(r"[.\[]", split_override(text)[0])[0]
-            if section in _ASKED:
-                what = "write policies with --policy" if section == "placement" else "name the file as the argument"
-                raise ScenarioError(f'--set "{text}": {section} is what this command sets; {what}')
-    apply_overrides(raw, overrides)
+    _override(raw, overrides)
     workload: Any = raw.get("workload") or {}
     if not isinstance(workload, dict):
         check_scenario(raw)  # raises
@@ -104,6 +97,17 @@ def ask(
     return Question(
         raw=raw, spec=spec, model=card, cluster=built, trace=source, load_MLE=load_MLE, most_batches=most_batches
     )
+
+
+def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply overrides in place; ScenarioError for one, or a file of some, that changes what the command itself sets."""
+    trace = dict(raw["trace"])
+    for text in overrides:
+        apply_overrides(raw, [text])
+        if raw["trace"] != trace:
+            raise ScenarioError(f'--set "{text}": trace is what this command sets; name the file as the argument')
+        if "placement" in raw:
+            raise ScenarioError(f'--set "{text}": placement is what this command sets; write policies with --policy')
 
 
 def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: str | None) -> dict[str, Any]:
