@@ -105,6 +105,10 @@ MISTAKES = {
     "share": (("--policy", "random", "--fit-share", "1.5"), "1.5 is not between 0 and 1"),
     "batches": (("--policy", "random", "--set", "workload.batch_sizes=[8]"), "8 needs as many held-out requests"),
     "metric": (("--policy", "random", "--best", "price", "--out", "p.json"), "write one of bytes, devices"),
+    "no second token": (
+        ("--policy", "random", "--best", "tpot", "--out", "p.json", "--set", "workload.max_output_tokens=1"),
+        "--best tpot: no request has a second token; write one of bytes, devices, ttft, balance",
+    ),
     "best without out": (("--policy", "random", "--best", "bytes"), "name a file with --out"),
     "out is the trace": (("--policy", "random", "--out", "trace.arrow"), "is read for this"),
     "placement set": (("--policy", "random", "--set", "placement.policy=random"), "write policies with --policy"),

@@ -221,14 +221,18 @@ def test_memory_of_replicas_by_hand() -> None:
 
 
 def test_the_best_policy_by_metric() -> None:
-    def policy(name: str, size: float, ttft: float, even: float) -> dict[str, object]:
+    def policy(name: str, size: float, ttft: float, even: float, tpot: float | None = None) -> dict[str, object]:
         metrics = {"remote_bytes_per_token": {"mean": size}, "balancedness_ratio_of_sums": {"mean": even}}
         metrics["remote_devices_per_token"] = {"mean": size}
-        return {"policy": name, "metrics": metrics, "batch_sizes": [{"ttft_s": {"mean": ttft}, "tpot_s": None}]}
+        large = {"ttft_s": {"mean": ttft}, "tpot_s": None if tpot is None else {"mean": tpot}}
+        small = {"ttft_s": {"mean": -ttft}, "tpot_s": {"mean": -1.0}}
+        return {"policy": name, "metrics": metrics, "batch_sizes": [small, large]}
 
-    found = {"policies": [policy("a", 2.0, 1.0, 0.5), policy("b", 1.0, 2.0, 0.9), policy("c", 1.0, 1.0, 0.6)]}
+    found = {"policies": [policy("a", 2.0, 1.0, 0.5, 3.0), policy("b", 1.0, 2.0, 0.9), policy("c", 1.0, 1.0, 0.6, 2.0)]}
     best = {metric: best_policy(found, metric) for metric in ("bytes", "devices", "ttft", "tpot", "balance")}
-    assert best == {"bytes": "b", "devices": "b", "ttft": "a", "tpot": "a", "balance": "b"}
+    assert best == {"bytes": "b", "devices": "b", "ttft": "a", "tpot": "c", "balance": "b"}
+    with pytest.raises(InputError, match="--best tpot: no request has a second token; write one of bytes, devices"):
+        best_policy({"policies": [policy("a", 2.0, 1.0, 0.5), policy("b", 1.0, 2.0, 0.9)]}, "tpot")
 
 
 def test_costs_are_not_below_their_bounds(tmp_path: Path) -> None:
