@@ -118,6 +118,17 @@ MISTAKES = {
     "uneven": (
         ("--policy", "random", "--cluster", "h100-2x8"), "8 experts do not divide over 16 devices",
     ),
+    "baseline does not apply": (
+        ("--policy", "all", "--baseline", "modality_bins,num_bins=3"),
+        '--baseline "modality_bins,num_bins=3": placement.num_bins: 3 does not divide 8 experts',
+    ),
+    "baseline of all lacks a parameter": (
+        ("--policy", "all", "--baseline", "file"), '--baseline "file": placement.path: is missing',
+    ),
+    "baseline of a replay does not apply": (
+        ("--policy", "all", "--baseline", "modality_bins,num_bins=3", "--replay", "--every", "4"),
+        '--baseline "modality_bins,num_bins=3": placement.num_bins: 3 does not divide 8 experts',
+    ),
     "unknown cluster": (("--policy", "random", "--cluster", "h100"), 'cluster: "h100" is not a preset'),
 }  # fmt: skip
 

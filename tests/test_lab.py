@@ -212,6 +212,21 @@ def test_all_takes_what_applies_and_says_why_others_do_not(tmp_path: Path) -> No
         compare_policies(asked, dataclasses.replace(three, optional=False), Design(num_seeds=1))
 
 
+def test_only_a_baseline_that_nobody_named_gives_way(tmp_path: Path) -> None:
+    asked = question(tmp_path, mixed_trace())
+    chosen = choose(["all"], "exact", asked)
+    assert (chosen.baseline, chosen.choices[0].label) == ("exact", "exact")
+    assert "exact" not in chosen.left_out  # it is asked for by name
+    bad = "modality_bins,num_bins=3"
+    found = choose(["all"], bad, asked)
+    few = dataclasses.replace(found, choices=found.choices[:2])
+    with pytest.raises(InputError, match=f'--baseline "{bad}": .*3 does not divide 8 experts'):
+        compare_policies(asked, few, Design(num_seeds=1))
+    unnamed = compare_policies(asked, dataclasses.replace(few, baseline_named=False), Design(num_seeds=1))
+    assert unnamed["baseline"] == "contiguous"
+    assert unnamed["left_out"][-1]["policy"] == bad
+
+
 def test_memory_of_replicas_by_hand() -> None:
     # 4 experts, 2 devices, 3 slots on each: device 0 holds 3 experts, device 1 holds 2 and an empty slot.
     # The even share is 2, so the fullest has one expert of 6 bytes more in each of 2 layers.

@@ -73,7 +73,8 @@ def compare_policies(
 ) -> dict[str, Any]:
     """Return what each policy gives on held-out requests, over the splits, and the differences to the baseline.
 
-    advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional.
+    advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional,
+    or is the baseline that was named.
     """
     num_fit, num_held_out = check_design(question, design)
     runs = _run(question, chosen, design, advance)
@@ -107,9 +108,7 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
             try:
                 trial = run_trial(question, choice, sample, advance, with_bounds=seed == 0)
             except InputError as error:
-                if not chosen.optional:
-                    raise
-                runs.left_out[choice.label] = str(error)
+                runs.left_out[choice.label] = chosen.unless_left_out(choice.label, error)
                 runs.trials.pop(choice.label, None)
                 continue
             runs.trials.setdefault(choice.label, []).append(trial)

@@ -133,47 +133,59 @@ def one_request(spec: ScenarioSpec) -> WorkloadSpec:
     return spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
 
 
-def parse_policy(text: str, question: Question) -> Choice:
+def parse_policy(text: str, question: Question, option: str = "--policy") -> Choice:
     """Return the policy of `kind,param=value,...`; values are read as YAML, and the scenario's own check holds them.
 
-    Raises ScenarioError, one line, for what is no policy or has no such parameter.
+    option: where the text stands, for messages. Raises ScenarioError, one line, for what is no policy or has no such
+    parameter.
     """
     kind, *pairs = re.split(r",(?=[^,=]+=)", text.strip())  # a value may hold commas
     fields: dict[str, Any] = {"policy": kind}
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name.strip() in fields:
-            raise ScenarioError(f'--policy "{text}": {name.strip()} is there twice; write it once')
+            raise ScenarioError(f'{option} "{text}": {name.strip()} is there twice; write it once')
         try:
             fields[name.strip()] = parse_yaml(value)
         except ValueError as error:
-            raise ScenarioError(f'--policy "{text}": {value!r} is not YAML ({error}); write it as in a file') from error
+            raise ScenarioError(f'{option} "{text}": {value!r} is not YAML ({error}); write it as in a file') from error
     try:
         return Choice(label=text.strip(), spec=question.with_placement(fields))
     except ScenarioError as error:
-        raise ScenarioError(f'--policy "{text}": {error}') from error
+        raise ScenarioError(f'{option} "{text}": {error}') from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chosen:
     """The policies to compare.
 
-    baseline: a label, which need not apply; None: the first that does. first: the label of the first policy asked for.
-    optional: those that do not apply are left out. left_out: why, by label, of those of which that is known already.
+    baseline: a label; None: the first that applies. baseline_named: the user named it, so that it has to apply.
+    first: the label of the first policy asked for. optional: those that do not apply are left out.
+    left_out: why, by label, of those of which that is known already.
     """
 
     choices: tuple[Choice, ...]
     baseline: str | None
+    baseline_named: bool
     first: str
     optional: bool
     left_out: Mapping[str, str]
 
+    def unless_left_out(self, label: str, error: InputError) -> str:
+        """Return the reason to leave a policy out that does not apply, or raise the error if it has to apply."""
+        if self.baseline_named and label == self.baseline:
+            raise InputError(f'--baseline "{label}": {error}') from error
+        if not self.optional:
+            raise error
+        return str(error)
 
-def choose(texts: Sequence[str], baseline: str | None, question: Question) -> Chosen:
+
+def choose(texts: Sequence[str], baseline: str | None, question: Question, otherwise: str | None = None) -> Chosen:
     """Return the policies of texts as `parse_policy` reads them.
 
     `all`: every policy that has no required parameters, with `contiguous` as the baseline unless another is named. A
-    baseline that is not among the policies is put first. Raises ScenarioError for a policy that is there twice.
+    baseline that is not among the policies is put first. otherwise: the baseline where none is named, without `all`.
+    Raises ScenarioError for a policy that is there twice.
     """
     named = [text.strip() for text in texts if text.strip() != ALL]
     optional = len(named) < len(texts)
@@ -188,10 +200,19 @@ def choose(texts: Sequence[str], baseline: str | None, question: Question) -> Ch
         else:
             choices.append(parse_policy(text, question))
     first = choices[0].label
-    baseline = Contiguous.kind if baseline is None and optional else baseline and baseline.strip()
-    if baseline is not None and baseline not in [choice.label for choice in choices]:
-        choices.insert(0, parse_policy(baseline, question))
-    return Chosen(choices=tuple(choices), baseline=baseline, first=first, optional=optional, left_out=left_out)
+    named_baseline = None if baseline is None else baseline.strip()
+    label = named_baseline or (Contiguous.kind if optional else otherwise)
+    if label is not None and label not in [choice.label for choice in choices]:
+        choices.insert(0, parse_policy(label, question, "--baseline"))
+        left_out.pop(label, None)
+    return Chosen(
+        choices=tuple(choices),
+        baseline=label,
+        baseline_named=named_baseline is not None,
+        first=first,
+        optional=optional,
+        left_out=left_out,
+    )
 
 
 def _every(question: Question, named: Sequence[str], left_out: dict[str, str]) -> Iterator[Choice]:
