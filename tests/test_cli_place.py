@@ -1,5 +1,6 @@
 """`epsim place` and `epsim study placement`: what they print and write, and mistakes in one line."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -289,6 +290,11 @@ def test_a_study_runs_what_is_not_done_and_fills_its_document(folder: Path, run:
     assert "1 of 1 comparisons to run" in said[0]
     assert not list(study(folder).tasks())
     assert len(list(study(folder, num_seeds=3).tasks())) == 1  # values of other splits
+    captured = (folder / "trace.arrow").read_bytes()
+    assert cases[Path("small.yaml"), Path("trace.arrow")]["trace"]["sha256"] == hashlib.sha256(captured).hexdigest()
+    write_question(folder, mixed_trace(seed=1))  # another capture of that name and size
+    assert len(list(study(folder).tasks())) == 1
+    (folder / "trace.arrow").write_bytes(captured)
 
     (folder / "doc.md").write_text(f"before\n{BEGIN}\nformer\n{END}\nafter\n")
     paths = write_placement_document(folder / "doc.md", cases, "epsim study placement -o out")

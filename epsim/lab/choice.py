@@ -52,7 +52,9 @@ def best_policy(found: Mapping[str, Any], metric: str) -> str:
 
     Raises InputError where no policy has a value, which is of TPOT.
     """
-    values = {policy["policy"]: value for policy in found["policies"] if (value := BEST[metric](policy)) is not None}
+    values: dict[str, float] = {
+        policy["policy"]: value for policy in found["policies"] if (value := BEST[metric](policy)) is not None
+    }
     if not values:
         raise _no_second_token(metric)
     return min(values, key=values.__getitem__)

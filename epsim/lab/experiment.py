@@ -1,7 +1,9 @@
 """Policies compared on requests that they were not fitted to: `compare_policies`, plain values for JSON and tables."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from epsim import __version__
@@ -116,10 +118,12 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
 
 
 def header(question: Question, design: Design) -> dict[str, Any]:
-    """Return what a comparison is of: its trace, scenario, devices, splits and batches."""
+    """Return what a comparison is of: its trace with the SHA-256 of its file, scenario, devices, splits and batches."""
     num_fit, num_held_out = check_design(question, design)
+    found = about(question)
     return {
-        **about(question),
+        **found,
+        "trace": {**found["trace"], "sha256": _sha256(Path(question.raw["trace"]["path"]))},
         "design": {
             "num_seeds": design.num_seeds,
             "fit_share": design.fit_share,
@@ -132,6 +136,11 @@ def header(question: Question, design: Design) -> dict[str, Any]:
             for size in question.spec.workload.batch_sizes
         ],
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def about(question: Question) -> dict[str, Any]:
