@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from rich.console import Console
 from epsim import cli
 from epsim.compare import parse_axes, with_settings
 from epsim.errors import InputError
+from epsim.lab.question import Choice, Question
+from epsim.lab.trial import Sample, Trial, run_trial
 from epsim.placement import POLICIES
 from epsim.placement.file import read_placement_file
 from epsim.report.heat_map import CIVIDIS, heat_map, pair_maps
 from epsim.scenario import load_raw
 from epsim.study.placement import WITH_PARAMETERS, PlacementStudy, run_placement_study, traces_of
 from epsim.study.placement_document import BEGIN, END, write_placement_document
+from epsim.study.placement_tables import sizes_table
 
 Run = Callable[..., str]
 
@@ -235,6 +239,19 @@ def test_a_grid_of_placements_takes_whole_sections(folder: Path) -> None:
         {"policy": "random", "seed": 3},
         {"policy": "file", "path": "mine.json"},
     ]
+
+
+def test_both_tables_have_the_same_time_to_place_and_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 1 and 3 s the median is 2 s (the later of the two is 3 s); of 1 and 4 GB the most is 4 GB (the mean 2.5 GB).
+    def known(question: Question, choice: Choice, sample: Sample, *rest: Any, **words: Any) -> Trial:
+        trial, first = run_trial(question, choice, sample, *rest, **words), sample.split.seed == 0
+        own = {"time_to_place_s": 1.0 if first else 3.0, "replica_memory_bytes": 1e9 if first else 4e9}
+        return replace(trial, values={**trial.values, **own})
+
+    monkeypatch.setattr("epsim.lab.experiment.run_trial", known)
+    words = ("--policy", "contiguous", "--seeds", "2", "--set", "workload.batch_sizes=[1]")
+    for text in (run(*words), sizes_table({"trace": json.loads(run(*words, "--json"))})):
+        assert any("contiguous" in line and "4 GB" in line and "2 s" in line for line in text.splitlines())
 
 
 def drawn(num_devices: int, num_policies: int = 2) -> dict[str, Any]:

@@ -183,6 +183,9 @@ def test_policies_are_compared_split_by_split(tmp_path: Path) -> None:
     assert reference["difference"]["contains_zero"]
     assert bins["metrics"]["remote_nodes_per_token"]["mean"] == bins["metrics"]["remote_devices_per_token"]["mean"]
     assert [batch["num_batches"] for batch in found["batches"]] == [5, 2]  # 5 of 10 requests are held out
+    seconds = bins["metrics"]["time_to_place_s"]
+    assert seconds["median"] == sorted(seconds["values"])[1]
+    assert bins["metrics"]["replica_memory_bytes"]["max"] == 0.0
     total = sum(map(sum, bins["sent_bytes"]))
     split = split_requests(asked.trace.requests, 0.5, 0)
     assert total == pytest.approx(own["values"][0] * asked.trace.select(split.held_out_ids).num_tokens)

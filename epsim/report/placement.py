@@ -121,9 +121,9 @@ def _balance_table(found: Values) -> Table:
         cells = [
             cell for name in forms for cell in (f"{metrics[name]['mean']:.3f}", _difference(metrics[name], is_baseline))
         ]
-        replicas = max(metrics["replica_memory_bytes"]["values"])
-        seconds = sorted(metrics["time_to_place_s"]["values"])
-        return [*cells, format_size(replicas) if replicas else "-", format_time(seconds[len(seconds) // 2])]
+        replicas = metrics["replica_memory_bytes"]["max"]
+        seconds = metrics["time_to_place_s"]["median"]
+        return [*cells, format_size(replicas) if replicas else "-", format_time(seconds)]
 
     title = "Held out: balancedness of pairs served; memory of replicas on the fullest device; median time to place"
     return _table(title, found, columns, row)
