@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from epsim.report.placement import UNDECIDED, signed
+from epsim.report.table import number
 from epsim.units import format_size, format_time
-from epsim.validate.markdown import number, table
+from epsim.validate.markdown import table
 
 Found = Mapping[str, Any]
 Columns = Mapping[str, Found]
