@@ -11,7 +11,7 @@ from epsim import __version__
 from epsim.errors import InputError
 from epsim.lab.interval import LEVEL, Estimate
 from epsim.lab.question import Chosen, Question
-from epsim.lab.split import split_requests
+from epsim.lab.split import Split, split_requests
 from epsim.lab.trial import Sample, Trial, run_trial
 from epsim.trace import RequestTable
 
@@ -43,8 +43,8 @@ class _Runs:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def check_design(question: Question, design: Design) -> tuple[int, int]:
-    """Return how many requests a split fits to and holds out; InputError where that is too few for the batches."""
+def check_design(question: Question, design: Design) -> Split:
+    """Return the first split, whose sizes are those of all; InputError where it holds out too few for the batches."""
     split = split_requests(question.trace.requests, design.fit_share, 0)
     held_out, largest = len(split.held_out_ids), max(question.spec.workload.batch_sizes)
     if held_out < largest:
@@ -52,7 +52,7 @@ def check_design(question: Question, design: Design) -> tuple[int, int]:
             f"workload.batch_sizes: {largest} needs as many held-out requests, {question.trace.name} has {held_out} "
             f"of {len(question.trace.requests)}; use smaller batches, or a longer trace"
         )
-    return len(split.fit_ids), held_out
+    return split
 
 
 def count_steps(question: Question, chosen: Chosen, design: Design) -> int:
@@ -83,12 +83,11 @@ def compare_policies(
     advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional,
     or is the baseline that was named.
     """
-    num_fit, num_held_out = check_design(question, design)
+    ratio = check_design(question, design).test_to_fit
     runs = _run(question, chosen, design, advance)
     if not runs.trials:
         raise InputError(f"--policy: none applies; {next(iter(runs.left_out.values()))}")
     reference = chosen.baseline if chosen.baseline in runs.trials else next(iter(runs.trials))
-    ratio = num_held_out / num_fit
     specs = {choice.label: choice.spec.placement for choice in chosen.choices}
     return {
         **header(question, design),
@@ -124,7 +123,8 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
 
 def header(question: Question, design: Design) -> dict[str, Any]:
     """Return what a comparison is of: its trace with the SHA-256 of its file, scenario, devices, splits and batches."""
-    num_fit, num_held_out = check_design(question, design)
+    split = check_design(question, design)
+    num_held_out = len(split.held_out_ids)
     found = about(question)
     return {
         **found,
@@ -132,7 +132,7 @@ def header(question: Question, design: Design) -> dict[str, Any]:
         "design": {
             "num_seeds": design.num_seeds,
             "fit_share": design.fit_share,
-            "num_fit": num_fit,
+            "num_fit": len(split.fit_ids),
             "num_held_out": num_held_out,
             "interval_level": LEVEL if design.num_seeds > 1 else None,
         },
