@@ -21,6 +21,7 @@ from epsim.lab.trial import Sample, Trial, run_trial
 from epsim.placement import POLICIES
 from epsim.placement.file import read_placement_file
 from epsim.report.heat_map import CIVIDIS, heat_map, pair_maps
+from epsim.report.placement import placement_tables
 from epsim.scenario import load_raw
 from epsim.study.placement import WITH_PARAMETERS, PlacementStudy, run_placement_study, traces_of
 from epsim.study.placement_document import BEGIN, END, write_placement_document
@@ -250,7 +251,11 @@ def test_both_tables_have_the_same_time_to_place_and_memory(run: Run, monkeypatc
 
     monkeypatch.setattr("epsim.lab.experiment.run_trial", known)
     words = ("--policy", "contiguous", "--seeds", "2", "--set", "workload.batch_sizes=[1]")
-    for text in (run(*words), sizes_table({"trace": json.loads(run(*words, "--json"))})):
+    found = json.loads(run(*words, "--json"))
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(placement_tables(found))
+    for text in (captured.get(), sizes_table({"trace": found})):
         assert any("contiguous" in line and "4 GB" in line and "2 s" in line for line in text.splitlines())
 
 
