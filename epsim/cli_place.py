@@ -78,7 +78,7 @@ def place(
     to recent steps, with the weights that it moves.
     """
     from epsim.atomic import check_folder, check_outputs
-    from epsim.lab.choice import check_metric
+    from epsim.lab.choice import check_metric, check_second_tokens
     from epsim.lab.experiment import Design, check_design
     from epsim.lab.question import ask, choose, files_read
     from epsim.report.figure import require_matplotlib
@@ -105,6 +105,8 @@ def place(
         require_matplotlib()
         check_folder(heat_map)
     question = ask(trace, scenario=scenario, model=model, cluster=cluster, overrides=overrides or ())
+    if best is not None:
+        check_second_tokens(best, question)
     chosen = choose(policy, baseline, question)
     check_outputs({"--out": out}, files_read(question, chosen, scenario))
     design = Design(fit_share=fit_share) if seeds is None else Design(num_seeds=seeds, fit_share=fit_share)

@@ -101,7 +101,7 @@ def replay_place(
     )
     design = ReplayDesign(schedule=schedule, fit_share=fit_share, batch_size=options.batch_size)
     question = followed_by(question, options.then or ())
-    chosen = choose(policy, baseline or "contiguous", question)
+    chosen = choose(policy, baseline, question, "contiguous")
     parts = Parts.of(question, design)
 
     def run() -> dict[str, Any]:

@@ -128,7 +128,8 @@ def placement(
 ) -> None:
     """Compare all placement policies on all captured traces, each on requests that it was not fitted to. Minutes.
 
-    What is complete in -o is not run again. epsim study placement -o out/placement --docs docs/placement.md
+    What is complete in -o is not run again, unless trace, scenario or epsim's version differ. If only epsim's code
+    changed, take a new folder. epsim study placement -o out/placement --docs docs/placement.md
     """
     from epsim.study.placement import SCENARIOS, PlacementStudy, traces_of
     from epsim.study.plan import shortened

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from epsim.cluster import Cluster
 from epsim.model import ModelCard
 from epsim.placement import HomePlan, Placement
-from epsim.trace import Phase, TraceSource
+from epsim.trace import Phase, RequestTable, TraceSource
 from epsim.trace.primary import primary_first
 from epsim.traffic import MessageFormat, TrafficCounter
 
@@ -60,23 +60,6 @@ class MigrationTraffic:
             tokens_at_LR=np.zeros((num_layers + 1, num_devices), np.int64),
         )
 
-    def add(
-        self,
-        topk_expert_ids_TLK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16],
-        home_T: npt.NDArray[np.int32],
-        placement: Placement,
-    ) -> None:
-        """Add the traffic of further tokens; arguments as of `migration_traffic`."""
-        _walk(
-            topk_expert_ids_TLK,
-            home_T,
-            placement.device_of_expert_RLE,
-            self.dispatch_tokens_LRR,
-            self.dispatch_pairs_LRR,
-            self.combine_tokens_LRR,
-            self.tokens_at_LR,
-        )
-
 
 def migration_traffic(
     topk_expert_ids_TLK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16],
@@ -90,7 +73,15 @@ def migration_traffic(
     home_T: int32, the device on which each token begins.
     """
     traffic = MigrationTraffic.none(topk_expert_ids_TLK.shape[1], placement.num_devices)
-    traffic.add(topk_expert_ids_TLK, home_T, placement)
+    _walk(
+        topk_expert_ids_TLK,
+        home_T,
+        placement.device_of_expert_RLE,
+        traffic.dispatch_tokens_LRR,
+        traffic.dispatch_pairs_LRR,
+        traffic.combine_tokens_LRR,
+        traffic.tokens_at_LR,
+    )
     return traffic
 
 
@@ -143,43 +134,75 @@ def bytes_by_mode(
     requests = trace.requests
     plan = homes.assign(len(requests.request_id_Q))
     home_FQ = np.stack([plan.prefill_Q, plan.decode_Q])
+    counts = _count_modes(trace, placement, home_FQ)
+    kv_bytes_L = _kv_bytes_L(card, placement.num_layers)
+    home_kv_LRR = kv_bytes_L[:, None, None] * _moving_prompt_tokens_RR(requests, home_FQ, placement.num_devices)
+    kv_at_FLR = counts.attention_tokens_FLR * kv_bytes_L[:, None]
+    form = message_format
+    migrate_dispatch_FLRR = form.dispatch_bytes(counts.dispatch_tokens_FLRR, counts.dispatch_pairs_FLRR)
+    return ModeBytes(
+        num_tokens_F=counts.num_tokens_F,
+        home_dispatch_FLRR=_off_diagonal(form.dispatch_bytes(counts.home_tokens_FLRR, counts.home_pairs_FLRR)),
+        home_combine_FLRR=_off_diagonal(form.combine_bytes(counts.home_tokens_FLRR)),
+        home_kv_FLRR=_off_diagonal(np.stack([home_kv_LRR, np.zeros_like(home_kv_LRR)])),
+        migrate_dispatch_FLRR=_off_diagonal(migrate_dispatch_FLRR),
+        migrate_combine_FLRR=_off_diagonal(form.combine_bytes(counts.combine_tokens_FLRR)),
+        coherence_FLRR=_off_diagonal(np.repeat(kv_at_FLR[..., None], placement.num_devices, axis=3)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModeCounts:
+    """Counts of a trace by phase: home_.. in home mode (`StepTraffic`), the others as of `MigrationTraffic`.
+
+    attention_tokens_FLR: `tokens_at_LR` without where tokens end.
+    """
+
+    num_tokens_F: Counts
+    home_tokens_FLRR: Counts
+    home_pairs_FLRR: Counts
+    dispatch_tokens_FLRR: Counts
+    dispatch_pairs_FLRR: Counts
+    combine_tokens_FLRR: Counts
+    attention_tokens_FLR: Counts
+
+
+def _count_modes(trace: TraceSource, placement: Placement, home_FQ: npt.NDArray[np.int32]) -> _ModeCounts:
+    """Count what a trace's tokens do in both modes. home_FQ: where each request lives in each phase."""
     num_layers, num_devices = placement.num_layers, placement.num_devices
     counter = TrafficCounter(placement)
-    home_counts = np.zeros((2, 2, num_layers, num_devices, num_devices), np.int64)  # tokens, pairs
-    migrations = [MigrationTraffic.none(num_layers, num_devices) for _ in Phase]
     num_tokens_F = np.zeros(2, np.int64)
+    counts_XFLRR = np.zeros((5, 2, num_layers, num_devices, num_devices), np.int64)
+    at_FLR = np.zeros((2, num_layers, num_devices), np.int64)
     for rows in trace.batches():
-        request_T, ids_TLK = np.searchsorted(requests.request_id_Q, rows.request_id_T), primary_first(rows)
+        request_T = np.searchsorted(trace.requests.request_id_Q, rows.request_id_T)
+        ids_TLK = primary_first(rows)
         for phase in Phase:
             own_T = np.flatnonzero(rows.phase_T == phase)
             home_T, own_ids_TLK = home_FQ[phase, request_T[own_T]], ids_TLK[own_T]
-            counted = counter.count(own_ids_TLK, home_T)
-            home_counts[:, phase] += counted.tokens_LCRR[:, 0], counted.pairs_LCRR[:, 0]
-            migrations[phase].add(own_ids_TLK, home_T, placement)
+            home, moved = counter.count(own_ids_TLK, home_T), migration_traffic(own_ids_TLK, home_T, placement)
             num_tokens_F[phase] += len(own_T)
-    kv_bytes_L = _kv_bytes_L(card, num_layers)
+            counts_XFLRR[:2, phase] += home.tokens_LCRR[:, 0], home.pairs_LCRR[:, 0]
+            counts_XFLRR[2:, phase] += moved.dispatch_tokens_LRR, moved.dispatch_pairs_LRR, moved.combine_tokens_LRR
+            at_FLR[phase] += moved.tokens_at_LR[:-1]
+    home_tokens_FLRR, home_pairs_FLRR, tokens_FLRR, pairs_FLRR, combine_FLRR = counts_XFLRR
+    return _ModeCounts(
+        num_tokens_F=num_tokens_F,
+        home_tokens_FLRR=home_tokens_FLRR,
+        home_pairs_FLRR=home_pairs_FLRR,
+        dispatch_tokens_FLRR=tokens_FLRR,
+        dispatch_pairs_FLRR=pairs_FLRR,
+        combine_tokens_FLRR=combine_FLRR,
+        attention_tokens_FLR=at_FLR,
+    )
+
+
+def _moving_prompt_tokens_RR(requests: RequestTable, home_FQ: npt.NDArray[np.int32], num_devices: int) -> Floats:
+    """Return the prompt tokens whose keys and values move to where their requests decode, float64 [R, R]."""
     moving_RR = np.zeros((num_devices, num_devices))
     decodes_Q = requests.num_decode_tokens_Q > 0
     np.add.at(moving_RR, tuple(home_FQ[:, decodes_Q]), requests.num_prefill_tokens_Q[decodes_Q])
-    home_kv_LRR = kv_bytes_L[:, None, None] * moving_RR
-    tokens_FLRR, pairs_FLRR = home_counts
-    moved = {
-        name: np.stack([getattr(migration, name) for migration in migrations])
-        for name in ("dispatch_tokens_LRR", "dispatch_pairs_LRR", "combine_tokens_LRR")
-    }
-    at_FLR = np.stack([migration.tokens_at_LR[:-1] for migration in migrations])
-    to_all_FLRR = np.repeat((at_FLR * kv_bytes_L[:, None])[..., None], num_devices, axis=3)
-    form = message_format
-    sent = form.dispatch_bytes(moved["dispatch_tokens_LRR"], moved["dispatch_pairs_LRR"])
-    return ModeBytes(
-        num_tokens_F=num_tokens_F,
-        home_dispatch_FLRR=_off_diagonal(form.dispatch_bytes(tokens_FLRR, pairs_FLRR)),
-        home_combine_FLRR=_off_diagonal(form.combine_bytes(tokens_FLRR)),
-        home_kv_FLRR=_off_diagonal(np.stack([home_kv_LRR, np.zeros_like(home_kv_LRR)])),
-        migrate_dispatch_FLRR=_off_diagonal(sent),
-        migrate_combine_FLRR=_off_diagonal(form.combine_bytes(moved["combine_tokens_LRR"])),
-        coherence_FLRR=_off_diagonal(to_all_FLRR),
-    )
+    return moving_RR
 
 
 def least_exchange_s_L(bytes_LRR: Floats, cluster: Cluster) -> Floats:

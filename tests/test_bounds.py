@@ -20,7 +20,6 @@ def make_tokens(rng: np.random.Generator, num_tokens: int, num_experts: int, top
     return FitTokens(
         ids_LTK=ids_TK[None].astype(np.uint8),
         phase_T=rng.integers(0, 2, num_tokens).astype(np.uint8),
-        modality_T=np.zeros(num_tokens, np.uint8),
     )
 
 
@@ -70,7 +69,6 @@ def test_tight_where_groups_are_perfect() -> None:
     tokens = FitTokens(
         ids_LTK=np.array([[[0, 2, 4, 6], [1, 3, 5, 7]] * 8], np.uint8),
         phase_T=np.zeros(16, np.uint8),
-        modality_T=np.zeros(16, np.uint8),
     )
     objective = TransferObjective.uniform(np.zeros(2, np.int32))
     assert transfer_bound_L(objective, tokens, num_experts=8, slots_per_device=4) == pytest.approx([0.5], abs=1e-9)
@@ -83,7 +81,6 @@ def test_homes_of_a_modality_are_seen() -> None:
     tokens = FitTokens(
         ids_LTK=np.array([[[0, 1]] * 8], np.uint8),
         phase_T=np.array([0, 1] * 4, np.uint8),
-        modality_T=np.zeros(8, np.uint8),
     )
     bound = transfer_bound_L(objective, tokens, num_experts=4, slots_per_device=2, num_iterations=300)[0]
     assert 0.4 < bound <= 0.5
@@ -94,7 +91,7 @@ def test_closer_than_the_spectral_bound() -> None:
     rng = np.random.default_rng(0)
     logits_TE = np.where(np.arange(16) % 4 == rng.integers(0, 4, 400)[:, None], 2.0, 0.0) + rng.gumbel(size=(400, 16))
     ids_TK = np.argsort(-logits_TE, axis=1)[:, :4].astype(np.uint8)
-    tokens = FitTokens(ids_LTK=ids_TK[None], phase_T=np.zeros(400, np.uint8), modality_T=np.zeros(400, np.uint8))
+    tokens = FitTokens(ids_LTK=ids_TK[None], phase_T=np.zeros(400, np.uint8))
     objective = TransferObjective.uniform(np.zeros(4, np.int32))
     hidden_LE = np.tile(np.arange(16) % 4, (4, 1, 1)).astype(np.int32)
     reached = objective.cost_L(tokens, hidden_LE)[0]

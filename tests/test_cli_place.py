@@ -1,8 +1,10 @@
 """`epsim place` and `epsim study placement`: what they print and write, and mistakes in one line."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from rich.console import Console
 from epsim import cli
 from epsim.compare import parse_axes, with_settings
 from epsim.errors import InputError
+from epsim.lab.question import Choice, Question
+from epsim.lab.trial import Sample, Trial, run_trial
 from epsim.placement import POLICIES
 from epsim.placement.file import read_placement_file
 from epsim.report.heat_map import CIVIDIS, heat_map, pair_maps
+from epsim.report.placement import placement_tables
 from epsim.scenario import load_raw
 from epsim.study.placement import WITH_PARAMETERS, PlacementStudy, run_placement_study, traces_of
 from epsim.study.placement_document import BEGIN, END, write_placement_document
+from epsim.study.placement_tables import sizes_table
 
 Run = Callable[..., str]
 OLMOE = Path(__file__).parent.parent / "epsim/presets/models/olmoe.yaml"
@@ -106,6 +112,10 @@ MISTAKES = {
     "share": (("--policy", "random", "--fit-share", "1.5"), "1.5 is not between 0 and 1"),
     "batches": (("--policy", "random", "--set", "workload.batch_sizes=[8]"), "8 needs as many held-out requests"),
     "metric": (("--policy", "random", "--best", "price", "--out", "p.json"), "write one of bytes, devices"),
+    "no second token": (
+        ("--policy", "random", "--best", "tpot", "--out", "p.json", "--set", "workload.max_output_tokens=1"),
+        "--best tpot: no request has a second token; write one of bytes, devices, ttft, balance",
+    ),
     "best without out": (("--policy", "random", "--best", "bytes"), "name a file with --out"),
     "out is the trace": (("--policy", "random", "--out", "trace.arrow"), "is read for this"),
     "out is a policy's file": (
@@ -120,6 +130,17 @@ MISTAKES = {
     "model of another shape": (("--policy", "random", "--set", "model.moe.topk=4"), "has top-k 2, model"),
     "uneven": (
         ("--policy", "random", "--cluster", "h100-2x8"), "8 experts do not divide over 16 devices",
+    ),
+    "baseline does not apply": (
+        ("--policy", "all", "--baseline", "modality_bins,num_bins=3"),
+        '--baseline "modality_bins,num_bins=3": placement.num_bins: 3 does not divide 8 experts',
+    ),
+    "baseline of all lacks a parameter": (
+        ("--policy", "all", "--baseline", "file"), '--baseline "file": placement.path: is missing',
+    ),
+    "baseline of a replay does not apply": (
+        ("--policy", "all", "--baseline", "modality_bins,num_bins=3", "--replay", "--every", "4"),
+        '--baseline "modality_bins,num_bins=3": placement.num_bins: 3 does not divide 8 experts',
     ),
     "unknown cluster": (("--policy", "random", "--cluster", "h100"), 'cluster: "h100" is not a preset'),
 }  # fmt: skip
@@ -159,6 +180,28 @@ def test_out_is_no_file_that_the_scenario_names(
     (folder / "own/s.yaml").write_text(text.replace("model: olmoe", "model: card.yaml"))
     arguments = ("trace.arrow", "--scenario", "own/s.yaml", "--policy", "random", "--out", "own/card.yaml")
     assert "--out own/card.yaml: is read for this" in complaint(arguments, monkeypatch, capsys, folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("trace: other.arrow", "trace is what this command sets; name the file as the argument"),
+        ("trace.path: other.arrow", "trace is what this command sets; name the file as the argument"),
+        ("trace: null", "trace is what this command sets; name the file as the argument"),
+        ("placement: {policy: random}", "placement is what this command sets; write policies with --policy"),
+        ("placement: null", "placement is what this command sets; write policies with --policy"),
+    ],
+)
+def test_a_file_of_overrides_sets_neither_trace_nor_placement(
+    field: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "other").mkdir()
+    write_question(folder / "other", mixed_trace(seed=1))
+    (folder / "other" / "trace.arrow").rename(folder / "other.arrow")
+    (folder / "own.yaml").write_text(f"overrides: {{homes.policy: balanced, {field}}}\n")
+    arguments = ("trace.arrow", "--scenario", "small.yaml", "--policy", "random", "--set", "@own.yaml")
+    said = complaint(arguments, monkeypatch, capsys, folder)
+    assert f'--set "@own.yaml": {words}' in said
 
 
 @pytest.mark.parametrize(
@@ -217,6 +260,23 @@ def test_a_grid_of_placements_takes_whole_sections(folder: Path) -> None:
     ]
 
 
+def test_both_tables_have_the_same_time_to_place_and_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 1 and 3 s the median is 2 s (the later of the two is 3 s); of 1 and 4 GB the most is 4 GB (the mean 2.5 GB).
+    def known(question: Question, choice: Choice, sample: Sample, *rest: Any, **words: Any) -> Trial:
+        trial, first = run_trial(question, choice, sample, *rest, **words), sample.split.seed == 0
+        own = {"time_to_place_s": 1.0 if first else 3.0, "replica_memory_bytes": 1e9 if first else 4e9}
+        return replace(trial, values={**trial.values, **own})
+
+    monkeypatch.setattr("epsim.lab.experiment.run_trial", known)
+    words = ("--policy", "contiguous", "--seeds", "2", "--set", "workload.batch_sizes=[1]")
+    found = json.loads(run(*words, "--json"))
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(placement_tables(found))
+    for text in (captured.get(), sizes_table({"trace": found})):
+        assert any("contiguous" in line and "4 GB" in line and "2 s" in line for line in text.splitlines())
+
+
 def drawn(num_devices: int, num_policies: int = 2) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     maps = rng.random((num_policies, num_devices, num_devices)) * 1e6 * (1 - np.eye(num_devices))
@@ -270,6 +330,11 @@ def test_a_study_runs_what_is_not_done_and_fills_its_document(folder: Path, run:
     assert "1 of 1 comparisons to run" in said[0]
     assert not list(study(folder).tasks())
     assert len(list(study(folder, num_seeds=3).tasks())) == 1  # values of other splits
+    captured = (folder / "trace.arrow").read_bytes()
+    assert cases[Path("small.yaml"), Path("trace.arrow")]["trace"]["sha256"] == hashlib.sha256(captured).hexdigest()
+    write_question(folder, mixed_trace(seed=1))  # another capture of that name and size
+    assert len(list(study(folder).tasks())) == 1
+    (folder / "trace.arrow").write_bytes(captured)
 
     (folder / "doc.md").write_text(f"before\n{BEGIN}\nformer\n{END}\nafter\n")
     paths = write_placement_document(folder / "doc.md", cases, "epsim study placement -o out")

@@ -183,6 +183,9 @@ def test_policies_are_compared_split_by_split(tmp_path: Path) -> None:
     assert reference["difference"]["contains_zero"]
     assert bins["metrics"]["remote_nodes_per_token"]["mean"] == bins["metrics"]["remote_devices_per_token"]["mean"]
     assert [batch["num_batches"] for batch in found["batches"]] == [5, 2]  # 5 of 10 requests are held out
+    seconds = bins["metrics"]["time_to_place_s"]
+    assert seconds["median"] == sorted(seconds["values"])[1]
+    assert bins["metrics"]["replica_memory_bytes"]["max"] == 0.0
     total = sum(map(sum, bins["sent_bytes"]))
     split = split_requests(asked.trace.requests, 0.5, 0)
     assert total == pytest.approx(own["values"][0] * asked.trace.select(split.held_out_ids).num_tokens)
@@ -212,6 +215,21 @@ def test_all_takes_what_applies_and_says_why_others_do_not(tmp_path: Path) -> No
         compare_policies(asked, dataclasses.replace(three, optional=False), Design(num_seeds=1))
 
 
+def test_only_a_baseline_that_nobody_named_gives_way(tmp_path: Path) -> None:
+    asked = question(tmp_path, mixed_trace())
+    chosen = choose(["all"], "exact", asked)
+    assert (chosen.baseline, chosen.choices[0].label) == ("exact", "exact")
+    assert "exact" not in chosen.left_out  # it is asked for by name
+    bad = "modality_bins,num_bins=3"
+    found = choose(["all"], bad, asked)
+    few = dataclasses.replace(found, choices=found.choices[:2])
+    with pytest.raises(InputError, match=f'--baseline "{bad}": .*3 does not divide 8 experts'):
+        compare_policies(asked, few, Design(num_seeds=1))
+    unnamed = compare_policies(asked, dataclasses.replace(few, baseline_named=False), Design(num_seeds=1))
+    assert unnamed["baseline"] == "contiguous"
+    assert unnamed["left_out"][-1]["policy"] == bad
+
+
 def test_memory_of_replicas_by_hand() -> None:
     # 4 experts, 2 devices, 3 slots on each: device 0 holds 3 experts, device 1 holds 2 and an empty slot.
     # The even share is 2, so the fullest has one expert of 6 bytes more in each of 2 layers.
@@ -221,14 +239,18 @@ def test_memory_of_replicas_by_hand() -> None:
 
 
 def test_the_best_policy_by_metric() -> None:
-    def policy(name: str, size: float, ttft: float, even: float) -> dict[str, object]:
+    def policy(name: str, size: float, ttft: float, even: float, tpot: float | None = None) -> dict[str, object]:
         metrics = {"remote_bytes_per_token": {"mean": size}, "balancedness_ratio_of_sums": {"mean": even}}
         metrics["remote_devices_per_token"] = {"mean": size}
-        return {"policy": name, "metrics": metrics, "batch_sizes": [{"ttft_s": {"mean": ttft}, "tpot_s": None}]}
+        large = {"ttft_s": {"mean": ttft}, "tpot_s": None if tpot is None else {"mean": tpot}}
+        small = {"ttft_s": {"mean": -ttft}, "tpot_s": {"mean": -1.0}}
+        return {"policy": name, "metrics": metrics, "batch_sizes": [small, large]}
 
-    found = {"policies": [policy("a", 2.0, 1.0, 0.5), policy("b", 1.0, 2.0, 0.9), policy("c", 1.0, 1.0, 0.6)]}
+    found = {"policies": [policy("a", 2.0, 1.0, 0.5, 3.0), policy("b", 1.0, 2.0, 0.9), policy("c", 1.0, 1.0, 0.6, 2.0)]}
     best = {metric: best_policy(found, metric) for metric in ("bytes", "devices", "ttft", "tpot", "balance")}
-    assert best == {"bytes": "b", "devices": "b", "ttft": "a", "tpot": "a", "balance": "b"}
+    assert best == {"bytes": "b", "devices": "b", "ttft": "a", "tpot": "c", "balance": "b"}
+    with pytest.raises(InputError, match="--best tpot: no request has a second token; write one of bytes, devices"):
+        best_policy({"policies": [policy("a", 2.0, 1.0, 0.5), policy("b", 1.0, 2.0, 0.9)]}, "tpot")
 
 
 def test_costs_are_not_below_their_bounds(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from epsim.placement import (
 )
 from epsim.placement.from_file import FromFile
 from epsim.placement.policies import Contiguous, ModalityBins, Random, RoundRobin, moving_load, text_bias
-from epsim.scenario.placement import PlacementSpec
+from epsim.placement.predicted_time import STARTS
+from epsim.scenario.placement import PlacementSpec, SearchStart
 from epsim.trace import RoutingTrace
 from epsim.trace.statistics import expert_load
 
@@ -173,6 +174,7 @@ def test_policies_are_listed_by_kind() -> None:
         get_args(spec.model_fields["policy"].annotation)[0] for spec in get_args(get_args(PlacementSpec)[0])
     ]
     assert all(policy.kind == kind for kind, policy in POLICIES.items())
+    assert get_args(SearchStart) == tuple(STARTS)
 
 
 @PROPERTY

@@ -15,17 +15,17 @@ def _metric(name: str, sign: int) -> Callable[[Policy], float]:
     return lambda policy: sign * float(policy["metrics"][name]["mean"])
 
 
-def _latency(name: str) -> Callable[[Policy], float]:
-    """Return what reads the time at the largest batch size; without one, nothing is better."""
+def _latency(name: str) -> Callable[[Policy], float | None]:
+    """Return what reads the time at the largest batch size, None without one."""
 
-    def read(policy: Policy) -> float:
+    def read(policy: Policy) -> float | None:
         value = policy["batch_sizes"][-1][name]
-        return float("inf") if value is None else float(value["mean"])
+        return None if value is None else float(value["mean"])
 
     return read
 
 
-BEST: Mapping[str, Callable[[Policy], float]] = {  # the less the better
+BEST: Mapping[str, Callable[[Policy], float | None]] = {  # the less the better
     "bytes": _metric("remote_bytes_per_token", 1),
     "devices": _metric("remote_devices_per_token", 1),
     "ttft": _latency("ttft_s"),
@@ -40,10 +40,29 @@ def check_metric(metric: str) -> None:
         raise InputError(f'--best: "{metric}" is not a metric; write one of {", ".join(BEST)}')
 
 
+def check_second_tokens(metric: str, question: Question) -> None:
+    """Raise InputError for `tpot` where no request of the trace can have a second token."""
+    most = question.spec.workload.max_output_tokens
+    if metric == "tpot" and (most == 1 or not question.trace.requests.num_decode_tokens_Q.any()):
+        raise _no_second_token(metric)
+
+
 def best_policy(found: Mapping[str, Any], metric: str) -> str:
-    """Return the label of the policy that is best in a metric on held-out requests, the first of several."""
-    label: str = min(found["policies"], key=BEST[metric])["policy"]
-    return label
+    """Return the label of the policy that is best in a metric on held-out requests, the first of several.
+
+    Raises InputError where no policy has a value, which is of TPOT.
+    """
+    values: dict[str, float] = {
+        policy["policy"]: value for policy in found["policies"] if (value := BEST[metric](policy)) is not None
+    }
+    if not values:
+        raise _no_second_token(metric)
+    return min(values, key=values.__getitem__)
+
+
+def _no_second_token(metric: str) -> InputError:
+    others = ", ".join(name for name in BEST if name != metric)
+    return InputError(f"--best {metric}: no request has a second token; write one of {others}")
 
 
 def placement_file(question: Question, chosen: Chosen, found: Mapping[str, Any], metric: str | None) -> PlacementFile:

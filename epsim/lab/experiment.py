@@ -1,19 +1,26 @@
 """Policies compared on requests that they were not fitted to: `compare_policies`, plain values for JSON and tables."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from epsim import __version__
 from epsim.errors import InputError
 from epsim.lab.interval import LEVEL, Estimate
 from epsim.lab.question import Chosen, Question
-from epsim.lab.split import split_requests
+from epsim.lab.split import Split, split_requests
 from epsim.lab.trial import Sample, Trial, run_trial
 from epsim.trace import RequestTable
 
 Advance = Callable[[], None]
 METRICS = ("ttft_s", "tpot_s")  # of a batch size
+ALSO: dict[str, tuple[str, Callable[[Sequence[float]], float]]] = {  # beside the mean over splits, which says less
+    "time_to_place_s": ("median", median),
+    "replica_memory_bytes": ("max", max),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +43,8 @@ class _Runs:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def check_design(question: Question, design: Design) -> tuple[int, int]:
-    """Return how many requests a split fits to and holds out; InputError where that is too few for the batches."""
+def check_design(question: Question, design: Design) -> Split:
+    """Return the first split, whose sizes are those of all; InputError where it holds out too few for the batches."""
     split = split_requests(question.trace.requests, design.fit_share, 0)
     held_out, largest = len(split.held_out_ids), max(question.spec.workload.batch_sizes)
     if held_out < largest:
@@ -45,7 +52,7 @@ def check_design(question: Question, design: Design) -> tuple[int, int]:
             f"workload.batch_sizes: {largest} needs as many held-out requests, {question.trace.name} has {held_out} "
             f"of {len(question.trace.requests)}; use smaller batches, or a longer trace"
         )
-    return len(split.fit_ids), held_out
+    return split
 
 
 def count_steps(question: Question, chosen: Chosen, design: Design) -> int:
@@ -73,14 +80,14 @@ def compare_policies(
 ) -> dict[str, Any]:
     """Return what each policy gives on held-out requests, over the splits, and the differences to the baseline.
 
-    advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional.
+    advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional,
+    or is the baseline that was named.
     """
-    num_fit, num_held_out = check_design(question, design)
+    ratio = check_design(question, design).test_to_fit
     runs = _run(question, chosen, design, advance)
     if not runs.trials:
         raise InputError(f"--policy: none applies; {next(iter(runs.left_out.values()))}")
     reference = chosen.baseline if chosen.baseline in runs.trials else next(iter(runs.trials))
-    ratio = num_held_out / num_fit
     specs = {choice.label: choice.spec.placement for choice in chosen.choices}
     return {
         **header(question, design),
@@ -107,9 +114,7 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
             try:
                 trial = run_trial(question, choice, sample, advance, with_bounds=seed == 0)
             except InputError as error:
-                if not chosen.optional:
-                    raise
-                runs.left_out[choice.label] = str(error)
+                runs.left_out[choice.label] = chosen.unless_left_out(choice.label, error)
                 runs.trials.pop(choice.label, None)
                 continue
             runs.trials.setdefault(choice.label, []).append(trial)
@@ -117,14 +122,17 @@ def _run(question: Question, chosen: Chosen, design: Design, advance: Advance) -
 
 
 def header(question: Question, design: Design) -> dict[str, Any]:
-    """Return what a comparison is of: its trace, scenario, devices, splits and batches."""
-    num_fit, num_held_out = check_design(question, design)
+    """Return what a comparison is of: its trace with the SHA-256 of its file, scenario, devices, splits and batches."""
+    split = check_design(question, design)
+    num_held_out = len(split.held_out_ids)
+    found = about(question)
     return {
-        **about(question),
+        **found,
+        "trace": {**found["trace"], "sha256": _sha256(Path(question.raw["trace"]["path"]))},
         "design": {
             "num_seeds": design.num_seeds,
             "fit_share": design.fit_share,
-            "num_fit": num_fit,
+            "num_fit": len(split.fit_ids),
             "num_held_out": num_held_out,
             "interval_level": LEVEL if design.num_seeds > 1 else None,
         },
@@ -133,6 +141,11 @@ def header(question: Question, design: Design) -> dict[str, Any]:
             for size in question.spec.workload.batch_sizes
         ],
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def about(question: Question) -> dict[str, Any]:
@@ -155,9 +168,15 @@ def about(question: Question) -> dict[str, Any]:
 
 def _summary(trials: Sequence[Trial], base: Sequence[Trial], ratio: float) -> dict[str, Any]:
     """Return means with intervals and differences to the baseline; bounds and who sends what to whom, first split."""
+    metrics = {
+        name: _compared([t.values[name] for t in trials], [t.values[name] for t in base], ratio)
+        for name in trials[0].values
+    }
+    for name, (word, of) in ALSO.items():
+        if (found := metrics[name]) is not None:
+            found[word] = of(found["values"])
     return {
-        "metrics": {name: _compared([t.values[name] for t in trials], [t.values[name] for t in base], ratio)
-                    for name in trials[0].values},
+        "metrics": metrics,
         "batch_sizes": [
             {
                 "batch_size": size,

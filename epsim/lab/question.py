@@ -17,7 +17,7 @@ from epsim.placement import POLICIES
 from epsim.placement.exact import Exact
 from epsim.placement.policies import Contiguous
 from epsim.run import model_and_cluster
-from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw, split_override
+from epsim.scenario import ScenarioSpec, apply_overrides, check_scenario, load_raw
 from epsim.scenario.load import preset_names
 from epsim.scenario.spec import WorkloadSpec
 from epsim.scenario.yaml_text import parse_yaml, read_mapping
@@ -28,7 +28,6 @@ from epsim.traces import checked_trace
 BATCH_SIZES = [1, 8]  # unless the scenario says some
 ALL = "all"
 _SECTIONS = ("model", "cluster")
-_ASKED = ("placement", "trace")  # fields that the command itself sets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,13 +82,7 @@ def ask(
     Raises InputError, one line, for whatever does not fit together.
     """
     raw = _raw(TraceFile.open(trace), scenario, model, cluster)
-    for text in overrides:
-        if not text.startswith("@"):
-            section = re.split(r"[.\[]", split_override(text)[0])[0]
-            if section in _ASKED:
-                what = "write policies with --policy" if section == "placement" else "name the file as the argument"
-                raise ScenarioError(f'--set "{text}": {section} is what this command sets; {what}')
-    apply_overrides(raw, overrides)
+    _override(raw, overrides)
     workload: Any = raw.get("workload") or {}
     if not isinstance(workload, dict):
         check_scenario(raw)  # raises
@@ -105,6 +98,17 @@ def ask(
     return Question(
         raw=raw, spec=spec, model=card, cluster=built, trace=source, load_MLE=load_MLE, most_batches=most_batches
     )
+
+
+def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply overrides in place; ScenarioError for one, or a file of some, that changes what the command itself sets."""
+    trace = dict(raw["trace"])
+    for text in overrides:
+        apply_overrides(raw, [text])
+        if raw["trace"] != trace:
+            raise ScenarioError(f'--set "{text}": trace is what this command sets; name the file as the argument')
+        if "placement" in raw:
+            raise ScenarioError(f'--set "{text}": placement is what this command sets; write policies with --policy')
 
 
 def _raw(trace: TraceFile, scenario: Path | None, model: str | None, cluster: str | None) -> dict[str, Any]:
@@ -130,47 +134,59 @@ def one_request(spec: ScenarioSpec) -> WorkloadSpec:
     return spec.workload.model_copy(update={"batch_sizes": [1], "num_batches": 1})
 
 
-def parse_policy(text: str, question: Question) -> Choice:
+def parse_policy(text: str, question: Question, option: str = "--policy") -> Choice:
     """Return the policy of `kind,param=value,...`; values are read as YAML, and the scenario's own check holds them.
 
-    Raises ScenarioError, one line, for what is no policy or has no such parameter.
+    option: where the text stands, for messages. Raises ScenarioError, one line, for what is no policy or has no such
+    parameter.
     """
     kind, *pairs = re.split(r",(?=[^,=]+=)", text.strip())  # a value may hold commas
     fields: dict[str, Any] = {"policy": kind}
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name.strip() in fields:
-            raise ScenarioError(f'--policy "{text}": {name.strip()} is there twice; write it once')
+            raise ScenarioError(f'{option} "{text}": {name.strip()} is there twice; write it once')
         try:
             fields[name.strip()] = parse_yaml(value)
         except ValueError as error:
-            raise ScenarioError(f'--policy "{text}": {value!r} is not YAML ({error}); write it as in a file') from error
+            raise ScenarioError(f'{option} "{text}": {value!r} is not YAML ({error}); write it as in a file') from error
     try:
         return Choice(label=text.strip(), spec=question.with_placement(fields))
     except ScenarioError as error:
-        raise ScenarioError(f'--policy "{text}": {error}') from error
+        raise ScenarioError(f'{option} "{text}": {error}') from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chosen:
     """The policies to compare.
 
-    baseline: a label, which need not apply; None: the first that does. first: the label of the first policy asked for.
-    optional: those that do not apply are left out. left_out: why, by label, of those of which that is known already.
+    baseline: a label; None: the first that applies. baseline_named: the user named it, so that it has to apply.
+    first: the label of the first policy asked for. optional: those that do not apply are left out.
+    left_out: why, by label, of those of which that is known already.
     """
 
     choices: tuple[Choice, ...]
     baseline: str | None
+    baseline_named: bool
     first: str
     optional: bool
     left_out: Mapping[str, str]
 
+    def unless_left_out(self, label: str, error: InputError) -> str:
+        """Return the reason to leave a policy out that does not apply, or raise the error if it has to apply."""
+        if self.baseline_named and label == self.baseline:
+            raise InputError(f'--baseline "{label}": {error}') from error
+        if not self.optional:
+            raise error
+        return str(error)
 
-def choose(texts: Sequence[str], baseline: str | None, question: Question) -> Chosen:
+
+def choose(texts: Sequence[str], baseline: str | None, question: Question, otherwise: str | None = None) -> Chosen:
     """Return the policies of texts as `parse_policy` reads them.
 
     `all`: every policy that has no required parameters, with `contiguous` as the baseline unless another is named. A
-    baseline that is not among the policies is put first. Raises ScenarioError for a policy that is there twice.
+    baseline that is not among the policies is put first. otherwise: the baseline where none is named, without `all`.
+    Raises ScenarioError for a policy that is there twice.
     """
     named = [text.strip() for text in texts if text.strip() != ALL]
     optional = len(named) < len(texts)
@@ -185,10 +201,19 @@ def choose(texts: Sequence[str], baseline: str | None, question: Question) -> Ch
         else:
             choices.append(parse_policy(text, question))
     first = choices[0].label
-    baseline = Contiguous.kind if baseline is None and optional else baseline and baseline.strip()
-    if baseline is not None and baseline not in [choice.label for choice in choices]:
-        choices.insert(0, parse_policy(baseline, question))
-    return Chosen(choices=tuple(choices), baseline=baseline, first=first, optional=optional, left_out=left_out)
+    named_baseline = None if baseline is None else baseline.strip()
+    label = named_baseline or (Contiguous.kind if optional else otherwise)
+    if label is not None and label not in [choice.label for choice in choices]:
+        choices.insert(0, parse_policy(label, question, "--baseline"))
+        left_out.pop(label, None)
+    return Chosen(
+        choices=tuple(choices),
+        baseline=label,
+        baseline_named=named_baseline is not None,
+        first=first,
+        optional=optional,
+        left_out=left_out,
+    )
 
 
 def files_read(question: Question, chosen: Chosen, scenario: Path | None) -> list[Path]:

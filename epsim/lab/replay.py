@@ -129,7 +129,8 @@ def replay_policies(
 ) -> dict[str, Any]:
     """Return what each policy gives on the replayed requests, fixed and online, and the baseline.
 
-    advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional.
+    advance: is called after each simulated step. Raises InputError where a policy does not apply that is not optional,
+    or is the baseline that was named.
     """
     if all(choice.label == chosen.baseline for choice in chosen.choices):
         raise InputError(f"--policy: {chosen.baseline} is the baseline; name another policy to compare with it")
@@ -141,9 +142,7 @@ def replay_policies(
         try:
             rows += _of_policy(parts, choice, None if choice.label == chosen.baseline else design.schedule, advance)
         except InputError as error:
-            if not chosen.optional:
-                raise
-            left_out[choice.label] = str(error)
+            left_out[choice.label] = chosen.unless_left_out(choice.label, error)
     if not rows:
         raise InputError(f"--policy: none applies; {next(iter(left_out.values()))}")
     return {

@@ -146,7 +146,6 @@ class TransferObjective:
             tokens,
             ids_LTK=tokens.ids_LTK.reshape(num_layers, -1, 1),
             phase_T=np.repeat(tokens.phase_T, topk),
-            modality_T=np.repeat(tokens.modality_T, topk),
         )
 
     def _by_source(self) -> Iterator[tuple[Floats, Floats, int]]:
@@ -163,12 +162,11 @@ class TransferObjective:
 class FitTokens:
     """The routing that a placement is fitted to or judged by, a layer's rows together.
 
-    ids_LTK: uint8 or uint16, logical experts. phase_T, modality_T: uint8.
+    ids_LTK: uint8 or uint16, logical experts. phase_T: uint8.
     """
 
     ids_LTK: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     phase_T: npt.NDArray[np.uint8]
-    modality_T: npt.NDArray[np.uint8]
 
     @classmethod
     def of(
@@ -185,16 +183,16 @@ class FitTokens:
         num_tokens = num_rows if max_tokens is None else min(num_rows, max_tokens)
         meta = trace.meta
         ids_LTK = np.empty((meta.num_layers, num_tokens, meta.topk), meta.expert_id_dtype)
-        phase_T, modality_T = np.empty(num_tokens, np.uint8), np.empty(num_tokens, np.uint8)
+        phase_T = np.empty(num_tokens, np.uint8)
         rows = np.arange(num_tokens) * num_rows // max(1, num_tokens)
         first = 0
         for batch in trace.batches():
             here = slice(*np.searchsorted(rows, (first, first + batch.num_tokens)))
             own = rows[here] - first
             ids_LTK[:, here] = ids_of(batch)[own].transpose(1, 0, 2)
-            phase_T[here], modality_T[here] = batch.phase_T[own], batch.modality_T[own]
+            phase_T[here] = batch.phase_T[own]
             first += batch.num_tokens
-        return cls(ids_LTK=ids_LTK, phase_T=phase_T, modality_T=modality_T)
+        return cls(ids_LTK=ids_LTK, phase_T=phase_T)
 
     @property
     def num_tokens(self) -> int:

@@ -1,12 +1,14 @@
 """`Placement`: which physical expert (slot) of which device holds which logical expert, in every MoE layer.
 
-Canonical form `physical_to_logical_LP`, slots contiguous per device. Letters: L MoE layers, E logical experts,
-P physical experts (slots), R devices.
+Which of several replicas a device sends to is the rule of `nearness_RR` and `choose_replica`. Canonical form
+`physical_to_logical_LP`, slots contiguous per device. Letters: L MoE layers, E logical experts, P physical experts
+(slots), R devices, X replicas of an expert.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -79,37 +81,75 @@ class Placement:
     def slot_of_expert_RLE(self) -> IntArray:
         """The slot to which a source device sends the tokens of an expert: int32 [R, L, E].
 
-        A replica on the source device itself, else one in its group and node, else in its group, else in its node, else
-        any; among several candidates the source takes number (source mod candidates), a choice fixed in advance as
-        SGLang's static dispatch makes it.
+        Of several, the one that `choose_replica` says.
         """
         if self.physical_to_logical_LP.shape[1] > self.num_experts:
-            return self._choose_replicas()
+            nearness = nearness_RR(self.node_of_device_R, self.group_of_device_R)
+            return np.asarray(
+                _slot_table(self.physical_to_logical_LP, self.num_experts, self.slots_per_device, nearness)
+            )
         slot_LE = np.argsort(self.physical_to_logical_LP, axis=1, kind="stable").astype(np.int32)
         return np.tile(slot_LE, (self.num_devices, 1, 1))
-
-    @cached_property
-    def _nearness_RR(self) -> IntArray:
-        """How near each device is to a source [source, device]: 4 itself, 3 group and node, 2 group, 1 node, 0 else."""
-        node_R = self.node_of_device_R
-        group_R = np.zeros_like(node_R) if self.group_of_device_R is None else self.group_of_device_R
-        same_group_RR, same_node_RR = (ids_R[:, None] == ids_R for ids_R in (group_R, node_R))
-        nearness_RR: IntArray = 2 * same_group_RR.astype(np.int32) + same_node_RR.astype(np.int32)
-        np.fill_diagonal(nearness_RR, 4)
-        return nearness_RR
-
-    def _choose_replicas(self) -> IntArray:
-        table_RLE = np.empty((self.num_devices, self.num_layers, self.num_experts), np.int32)
-        for layer, row_P in enumerate(self.physical_to_logical_LP):
-            for expert in range(self.num_experts):
-                slots = np.flatnonzero(row_P == expert)
-                nearness_RX = self._nearness_RR[:, slots // self.slots_per_device]
-                for source, nearness_X in enumerate(nearness_RX):
-                    candidates = slots[nearness_X == nearness_X.max()]
-                    table_RLE[source, layer, expert] = candidates[source % len(candidates)]
-        return table_RLE
 
     @cached_property
     def device_of_expert_RLE(self) -> IntArray:
         """The device to which a source device sends the tokens of an expert: int32 [R, L, E]."""
         return (self.slot_of_expert_RLE // self.slots_per_device).astype(np.int32)
+
+
+def nearness_RR(node_of_device_R: npt.NDArray[np.integer], group_of_device_R: IntArray | None = None) -> IntArray:
+    """Return how near each device is to a source, int32 [source, device].
+
+    4: itself, 3: in its group and node, 2: in its group, 1: in its node, 0: elsewhere. None: all in one group.
+    """
+    groups_R = np.zeros_like(node_of_device_R) if group_of_device_R is None else group_of_device_R
+    same_group_RR, same_node_RR = (ids_R[:, None] == ids_R for ids_R in (groups_R, node_of_device_R))
+    found_RR: IntArray = 2 * same_group_RR.astype(np.int32) + same_node_RR.astype(np.int32)
+    np.fill_diagonal(found_RR, 4)
+    return found_RR
+
+
+@numba.njit(cache=True, nogil=True)
+def choose_replica(device_X, num_replicas, source, nearness_R):  # type: ignore[no-untyped-def]
+    """Return which of the first replicas, in the order of their slots, a source sends to: its place in `device_X`.
+
+    device_X: the device of each. nearness_R: the source's row of `nearness_RR`. Of the n that are nearest the source
+    takes number (source mod n), a choice fixed in advance as SGLang's static dispatch makes it.
+    """
+    nearest, num_nearest = -1, 0
+    for x in range(num_replicas):
+        near = nearness_R[device_X[x]]
+        if near > nearest:
+            nearest, num_nearest = near, 0
+        num_nearest += near == nearest
+    number = source % num_nearest
+    for x in range(num_replicas):
+        if nearness_R[device_X[x]] == nearest:
+            if number == 0:
+                return x
+            number -= 1
+    return -1  # there are no replicas
+
+
+@numba.njit(cache=True, nogil=True)
+def _slot_table(p2l_LP, num_experts, slots_per_device, nearness_RR):  # type: ignore[no-untyped-def]
+    """Return `Placement.slot_of_expert_RLE`."""
+    num_layers, num_slots = p2l_LP.shape
+    num_sources = len(nearness_RR)
+    table_RLE = np.empty((num_sources, num_layers, num_experts), np.int32)
+    slot_EX = np.empty((num_experts, num_slots), np.int32)
+    device_X = np.empty(num_slots, np.int64)
+    for layer in range(num_layers):
+        num_replicas_E = np.zeros(num_experts, np.int64)
+        for slot in range(num_slots):
+            expert = p2l_LP[layer, slot]
+            if expert >= 0:
+                slot_EX[expert, num_replicas_E[expert]] = slot
+                num_replicas_E[expert] += 1
+        for expert in range(num_experts):
+            num_replicas = num_replicas_E[expert]
+            device_X[:num_replicas] = slot_EX[expert, :num_replicas] // slots_per_device
+            for source in range(num_sources):
+                chosen = choose_replica(device_X, num_replicas, source, nearness_RR[source])
+                table_RLE[source, layer, expert] = slot_EX[expert, chosen]
+    return table_RLE

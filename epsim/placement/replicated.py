@@ -16,7 +16,7 @@ from epsim.errors import PlacementError
 from epsim.placement.balanced_coactivation import BalancedCoactivation
 from epsim.placement.coactivation import Coactivation
 from epsim.placement.objective import FitTokens, TransferObjective
-from epsim.placement.placement import Placement
+from epsim.placement.placement import IntArray, Placement, choose_replica, nearness_RR
 from epsim.placement.policies import Contiguous, ModalityBins, RoundRobin
 from epsim.placement.problem import PlacementPolicy, PlacementProblem
 
@@ -96,8 +96,10 @@ class CopyState:
     device_met_ESR: Floats
     node_met_ESN: Floats
     num_copies_R: npt.NDArray[np.int64] = field(init=False)
+    nearness_SR: IntArray = field(init=False)
 
     def __post_init__(self) -> None:
+        self.nearness_SR = nearness_RR(self.objective.node_of_device_R)
         self.num_copies_R = np.zeros(self.objective.num_devices, np.int64)
 
     @classmethod
@@ -143,6 +145,7 @@ class CopyState:
                 self.objective.device_cost_SR,
                 self.objective.node_cost_SN,
                 self.objective.node_of_device_R,
+                self.nearness_SR,
             )
         )
 
@@ -163,7 +166,7 @@ class CopyState:
         self.num_copies_R[device] += 1
         holders = np.flatnonzero(self.holds_ER[expert])
         for source in range(len(self.chosen_SE)):
-            chosen = _choose(holders, len(holders), source, self.objective.node_of_device_R)
+            chosen = holders[choose_replica(holders, len(holders), source, self.nearness_SR[source])]
             if chosen != self.chosen_SE[source, expert]:
                 self._add(self.tokens_of_expert[expert], source, -1.0)
                 self.chosen_SE[source, expert] = chosen
@@ -185,23 +188,6 @@ class CopyState:
 
 
 @numba.njit(cache=True, nogil=True)
-def _choose(holders, num_holders, source, node_of_device_R):  # type: ignore[no-untyped-def]
-    """Return which of the ascending holders of an expert a source takes: `Placement.slot_of_expert_RLE`."""
-    num_near = 0
-    for i in range(num_holders):
-        if holders[i] == source:
-            return holders[i]
-        num_near += node_of_device_R[holders[i]] == node_of_device_R[source]
-    number = source % (num_near or num_holders)
-    for i in range(num_holders):
-        if num_near == 0 or node_of_device_R[holders[i]] == node_of_device_R[source]:
-            if number == 0:
-                return holders[i]
-            number -= 1
-    return -1
-
-
-@numba.njit(cache=True, nogil=True)
 def _changes(  # type: ignore[no-untyped-def]
     holds_ER,
     chosen_SE,
@@ -211,6 +197,7 @@ def _changes(  # type: ignore[no-untyped-def]
     device_cost_SR,
     node_cost_SN,
     node_of_device_R,
+    nearness_SR,
 ):
     """Return `CopyState.change_ER`."""
     num_experts, num_devices = holds_ER.shape
@@ -227,7 +214,7 @@ def _changes(  # type: ignore[no-untyped-def]
                     num_holders += 1
             change = 0.0
             for s in range(len(chosen_SE)):
-                old, new = chosen_SE[s, e], _choose(holders, num_holders, s, node_of_device_R)
+                old, new = chosen_SE[s, e], holders[choose_replica(holders, num_holders, s, nearness_SR[s])]
                 if old == new:
                     continue
                 tokens, old_node, new_node = num_tokens_ES[e, s], node_of_device_R[old], node_of_device_R[new]

@@ -49,9 +49,7 @@ class TokenMigration:
         tokens = FitTokens.of(problem.require_trace(self.kind), self.max_tokens, primary_first)
         comes = np.flatnonzero(problem.objective.home_share_FS.sum(axis=1))
         own_T = np.isin(tokens.phase_T, comes)
-        return FitTokens(
-            ids_LTK=tokens.ids_LTK[:, own_T], phase_T=tokens.phase_T[own_T], modality_T=tokens.modality_T[own_T]
-        )
+        return FitTokens(ids_LTK=tokens.ids_LTK[:, own_T], phase_T=tokens.phase_T[own_T])
 
     def _search(self, cost: MigrationCost) -> Devices:
         """Return the best of what the starts lead to; never worse than contiguous, the first start."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from epsim.report.origin import origin_line
-from epsim.report.table import new_table
+from epsim.report.table import new_table, number
 from epsim.units import format_size, format_time
 
 Values = Mapping[str, Any]
@@ -121,9 +121,9 @@ def _balance_table(found: Values) -> Table:
         cells = [
             cell for name in forms for cell in (f"{metrics[name]['mean']:.3f}", _difference(metrics[name], is_baseline))
         ]
-        replicas = max(metrics["replica_memory_bytes"]["values"])
-        seconds = sorted(metrics["time_to_place_s"]["values"])
-        return [*cells, format_size(replicas) if replicas else "-", format_time(seconds[len(seconds) // 2])]
+        replicas = metrics["replica_memory_bytes"]["max"]
+        seconds = metrics["time_to_place_s"]["median"]
+        return [*cells, format_size(replicas) if replicas else "-", format_time(seconds)]
 
     title = "Held out: balancedness of pairs served; memory of replicas on the fullest device; median time to place"
     return _table(title, found, columns, row)
@@ -138,9 +138,9 @@ def _bound_table(found: Values) -> Table:
     def row(policy: Values, is_baseline: bool) -> list[str]:
         metrics, bounds, cells = policy["metrics"], policy["bounds"], []
         for part in ("fit", "held_out"):
-            cells += [number(bounds[f"objective_bound_{part}"]), percent(bounds[f"objective_gap_{part}"])]
+            cells += [number(bounds[f"objective_bound_{part}"], 3), percent(bounds[f"objective_gap_{part}"])]
         loads = [percent(bounds[f"max_load_gap_{part}"]) for part in ("fit", "held_out")]
-        return [*(number(metrics[f"objective_{part}"]["mean"]) for part in ("fit", "held_out")), *cells, *loads]
+        return [*(number(metrics[f"objective_{part}"]["mean"], 3) for part in ("fit", "held_out")), *cells, *loads]
 
     title = (
         "Transfer objective per token and layer | first split: its lower bound, (cost - bound) / cost | largest load"
@@ -182,11 +182,6 @@ def signed(value: float, digits: int) -> str:
 
 def _time(value: Values | None) -> str:
     return "-" if value is None else format_time(value["mean"])
-
-
-def number(value: float | None) -> str:
-    """Return a number with three digits, a dash for none."""
-    return "-" if value is None else f"{value:.3f}"
 
 
 def percent(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`new_table`: the look of every table in the terminal."""
+"""`new_table`: the look of every table in the terminal; `number`: a cell of it, or of a table in Markdown."""
 
 from rich import box
 from rich.table import Table
@@ -12,3 +12,8 @@ def new_table(title: str, *columns: str) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     return table
+
+
+def number(value: float | None, digits: int) -> str:
+    """Return a number with so many digits, or a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"

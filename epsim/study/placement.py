@@ -66,7 +66,11 @@ class PlacementStudy:
                 )
 
     def read(self, scenario: Path, trace: Path) -> Found | None:
-        """Return the values of a case; None where they are not there, not whole, or of other settings or policies."""
+        """Return the values of a case; None where they are not there, not whole, or of something else.
+
+        That is: of another version of epsim, another scenario, other bytes of the trace, other splits or policies. The
+        code of epsim is not looked at.
+        """
         asked = json.loads(json.dumps(header(ask(trace, scenario=scenario), Design(num_seeds=self.num_seeds))))
         try:
             found: Any = json.loads(self.file(scenario, trace).read_text(encoding="utf-8"))

@@ -4,12 +4,13 @@ The values are those of `epsim.lab.experiment.compare_policies`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from epsim.report.placement import UNDECIDED, signed
+from epsim.report.table import number
 from epsim.units import format_size, format_time
-from epsim.validate.markdown import number, table
+from epsim.validate.markdown import table
 
 Found = Mapping[str, Any]
 Columns = Mapping[str, Found]
@@ -62,18 +63,15 @@ def cost_table(columns: Columns) -> str:
 
 
 def sizes_table(columns: Columns) -> str:
-    """Return balancedness of held-out pairs, replicas' memory and the time to place, means over traces."""
+    """Return balancedness of held-out pairs, most replicas' memory and median time to place, means over traces."""
     rows = []
     for label in _labels(columns):
         forms = ("balancedness_ratio_of_sums", "balancedness_mean_of_ratios")
-        replicas = _mean(columns, label, "replica_memory_bytes")
-        seconds = [
-            median(policy["metrics"]["time_to_place_s"]["values"])
-            for found in columns.values()
-            if (policy := _policy(found, label)) is not None
-        ]
+        replicas = _mean(columns, label, "replica_memory_bytes", "max")
+        seconds = _mean(columns, label, "time_to_place_s", "median")
         cells = [number(_mean(columns, label, name), 3) for name in forms]
-        rows.append((f"`{label}`", *cells, format_size(replicas) if replicas else "-", format_time(fmean(seconds))))
+        cells.append(format_size(replicas) if replicas else "-")
+        rows.append((f"`{label}`", *cells, "-" if seconds is None else format_time(seconds)))
     heads = ("sum of means / sum of maxima", "mean of ratios", "replicas, fullest device", "time to place, median")
     return table(("policy", *heads), rows)
 
@@ -105,9 +103,10 @@ def _policy(found: Found, label: str) -> Found | None:
     return next((policy for policy in found["policies"] if policy["policy"] == label), None)
 
 
-def _mean(columns: Columns, label: str, name: str) -> float | None:
+def _mean(columns: Columns, label: str, name: str, of_splits: str = "mean") -> float | None:
+    """Return the mean over traces of what splits gave: their mean, median or max."""
     values = [
-        policy["metrics"][name]["mean"]
+        policy["metrics"][name][of_splits]
         for found in columns.values()
         if (policy := _policy(found, label)) is not None and policy["metrics"][name] is not None
     ]

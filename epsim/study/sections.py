@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from epsim.metrics import TRANSFER_COLUMNS
+from epsim.report.table import number
 from epsim.study.claims import prompt_error, transfer_cells
 from epsim.study.measure import PHASES
 from epsim.study.methods import IN_TABLE_S10, METHODS, published_specialisation
@@ -10,7 +11,7 @@ from epsim.study.published import table_s10, time_changes
 from epsim.study.summary import Run, Summary, msi, ratio, time, written
 from epsim.study.times import BASELINE, BATCH_SIZES, SETTINGS
 from epsim.trace.published import BENCHMARKS
-from epsim.validate.markdown import number, table
+from epsim.validate.markdown import table
 
 _SHORT = dict(zip(TRANSFER_COLUMNS, ("P_V", "P_T", "P_V+T", "D_T"), strict=True))
 _WAYS = {"without_dedup": "pairs", "with_dedup": "tokens"}

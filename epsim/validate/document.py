@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from epsim.atomic import write_all
+from epsim.report.table import number
 from epsim.validate.figures import draw_figures
 from epsim.validate.fitted import METRICS, influence_sentence, parameters_section
-from epsim.validate.markdown import capital, number, table
+from epsim.validate.markdown import capital, table
 from epsim.validate.prose import FITTED, HEADER, LIMITS, REPRODUCED, TARGETS_TEXT, UNKNOWN
 
 

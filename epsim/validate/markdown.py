@@ -1,4 +1,4 @@
-"""Pieces of Markdown: `table`, and `number` and `capital` for what is in it."""
+"""Pieces of Markdown: `table`, and `capital` for what is in it."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,11 +9,6 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     lines.append(["---"] * len(lines[0]))
     lines += [list(row) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float | None, digits: int) -> str:
-    """Return a number with so many digits, or a dash for none."""
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def capital(text: str) -> str:

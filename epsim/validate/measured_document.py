@@ -6,7 +6,8 @@ from typing import Any
 
 from epsim.atomic import write_all
 from epsim.report.figure import figure_style, png
-from epsim.validate.markdown import number, table
+from epsim.report.table import number
+from epsim.validate.markdown import table
 from epsim.validate.measured import METRICS
 
 _HEAD = """# Validation: measured runs
