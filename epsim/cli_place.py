@@ -77,7 +77,7 @@ def place(
     With --replay: in the order of the requests, a placement fitted to the first of them against one that is refitted
     to recent steps, with the weights that it moves.
     """
-    from epsim.atomic import check_folder, check_outputs
+    from epsim.atomic import check_folder, check_outputs, require_writable
     from epsim.lab.choice import check_metric, check_second_tokens
     from epsim.lab.experiment import Design, check_design
     from epsim.lab.question import ask, choose, files_read
@@ -109,13 +109,15 @@ def place(
         check_second_tokens(best, question)
     chosen = choose(policy, baseline, question)
     check_outputs({"--out": out}, files_read(question, chosen, scenario))
+    if out is not None:
+        require_writable(out)
     design = Design(fit_share=fit_share) if seeds is None else Design(num_seeds=seeds, fit_share=fit_share)
     check_design(question, design)
     found, placement = run_to_end(
         lambda: _run(question, chosen, design, writes=out is not None, best=best), "no file was written"
     )
-    _write(found, placement, out, heat_map)
     _print(found, pairs=pairs or heat_map is not None, json_output=json_output)
+    _write(found, placement, out, heat_map)
 
 
 def _run(

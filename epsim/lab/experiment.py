@@ -16,6 +16,7 @@ from epsim.lab.trial import Sample, Trial, run_trial
 from epsim.trace import RequestTable
 
 Advance = Callable[[], None]
+MOST_SEEDS = 1000
 METRICS = ("ttft_s", "tpot_s")  # of a batch size
 ALSO: dict[str, tuple[str, Callable[[Sequence[float]], float]]] = {  # beside the mean over splits, which says less
     "time_to_place_s": ("median", median),
@@ -33,6 +34,8 @@ class Design:
     def __post_init__(self) -> None:
         if self.num_seeds < 1:
             raise InputError(f"--seeds: {self.num_seeds} is below 1; write 1 or more")
+        if self.num_seeds > MOST_SEEDS:
+            raise InputError(f"--seeds: {self.num_seeds} is above {MOST_SEEDS}; write {MOST_SEEDS} or less")
 
 
 @dataclass

@@ -142,6 +142,10 @@ def parse_policy(text: str, question: Question, option: str = "--policy") -> Cho
     """
     kind, *pairs = re.split(r",(?=[^,=]+=)", text.strip())  # a value may hold commas
     fields: dict[str, Any] = {"policy": kind}
+    if "," in kind:
+        raise ScenarioError(
+            f'{option} "{text}": "{kind.partition(",")[2]}" has no value; write param=value, e.g. random,seed=3'
+        )
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name.strip() in fields:

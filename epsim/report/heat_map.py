@@ -63,7 +63,7 @@ def _pair_map(name: str, bytes_RR: Floats, largest: float, scale: float | None) 
                 continue
             step = min(9, int(10 * size / largest)) if largest else 0
             digits = f"{step if size else ' '}" if scale is None else f"{size / scale:.2f}"
-            text.append(f"{digits:>{width}}", style=f"{'#ffffff' if step < 6 else '#000000'} on {CIVIDIS[step]}")
+            text.append(f"{digits:>{width}}", style=f"{'#ffffff' if step < 5 else '#000000'} on {CIVIDIS[step]}")
         text.append("\n")
     return text
 
@@ -91,10 +91,16 @@ def heat_map(found: Values) -> bytes:
         figure.colorbar(
             image, ax=axes, label=f"{unit} from a sender to a receiver", shrink=min(1.0, 2.4 / (side * rows) + 0.4)
         )
-        figure.suptitle(_title(found), fontsize=11, x=0.01, ha="left")
+        figure.suptitle(_wrapped(_title(found), size[0], 11), fontsize=11, x=0.01, ha="left")
         figure.supylabel("sender", fontsize=9)
-        figure.supxlabel(f"receiver\n{found['trace']['name']}. {origin_line(found['trace'])}", fontsize=8)
+        source = f"{found['trace']['name']}. {origin_line(found['trace'])}"
+        figure.supxlabel(f"receiver\n{_wrapped(source, size[0], 8)}", fontsize=8)
         return png(figure)
+
+
+def _wrapped(text: str, width_inches: float, font_points: float) -> str:
+    """Return the text in lines that fit a width; a character takes 0.55 of its height, 72 points are an inch."""
+    return textwrap.fill(text, int(width_inches * 72 / (0.55 * font_points)))
 
 
 def _draw(ax: Any, values_RR: Floats, largest: float, found: Values) -> Any:
@@ -119,7 +125,7 @@ def _draw(ax: Any, values_RR: Floats, largest: float, found: Values) -> Any:
                 if sender != receiver:
                     value = values_RR[sender, receiver]
                     words = f"{value:.0f}" if value >= 10 or not value else f"{value:.1f}"
-                    colour = "white" if value < 0.6 * largest else "black"
+                    colour = "white" if value < 0.45 * largest else "black"  # equal contrast at that grey
                     size = 9 if num_devices <= 4 else 7
                     ax.text(receiver, sender, words, ha="center", va="center", color=colour, fontsize=size)
     return image

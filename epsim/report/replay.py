@@ -21,8 +21,16 @@ def replay_tables(found: Values) -> RenderableType:
         _title(found),
         _served_table(found),
         _moves_table(found),
+        *_no_rebalance(found),
         *[Text(f"{one['policy']}: left out: {strip_control_codes(one['reason'])}") for one in found["left_out"]],
     )
+
+
+def _no_rebalance(found: Values) -> list[Text]:
+    every, num_steps = found["design"]["every"], found["design"]["num_steps"]
+    if every < num_steps:
+        return []
+    return [Text(f"no rebalance: --every {every} is not below the {num_steps} steps that are replayed")]
 
 
 def _title(found: Values) -> Text:
