@@ -495,3 +495,46 @@ def test_a_list_of_layers() -> None:
 def test_placement_file_in_code_is_checked() -> None:
     with pytest.raises(PlacementError, match="is not a JSON object"):
         parse_placement_file([])
+
+
+# What JSON readers refuse and take alike. {0} is put behind the opening brace of a file that is good without it.
+JSON_FILES = {
+    "sglang": ('{{{0}"physical_to_logical_map": [[0, 1]]}}', "--from sglang --devices 2"),
+    "vllm-ascend": (
+        '{{{0}"moe_layer_count": 1, "layer_list": [{{"layer_id": 0, "device_count": 2, "device_list": ['
+        '{{"device_id": 0, "device_expert": [0]}}, {{"device_id": 1, "device_expert": [1]}}]}}]}}',
+        "--from vllm-ascend",
+    ),
+    "loads": ('{{{0}"logical_count": [[1, 2]]}}', "--from sglang-logical-count"),
+    "responses": (
+        '{{{0}"prompt_token_ids": [5], "choices": [{{"routed_experts": [[[0]]], "token_ids": [6]}}]}}',
+        "--from vllm-routed-experts --num-experts 2",
+    ),
+}
+STRICT = {
+    "twice": ('"k": [1], "k": [1], ', '"k" is there twice; write it once'),
+    "in another key": ('"k": {"a": 1, "b\\n": 1, "b\\n": 2}, ', '"b\\n" is there twice; write it once'),
+    "NaN": ('"k": NaN, ', "NaN is not a number of JSON; write a finite one"),
+    "Infinity": ('"k": [-Infinity], ', "-Infinity is not a number of JSON; write a finite one"),
+}
+
+
+@pytest.mark.parametrize("case", STRICT)
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_is_read_strictly(epsim: Cli, name: str, case: str) -> None:
+    text, options = JSON_FILES[name]
+    more, rule = STRICT[case]
+    Path("x.json").write_text(text.format(""))
+    epsim.ok("import", "x.json", *options.split(), "-o", "out")
+    Path("x.json").write_text(text.format(more))
+    assert epsim.fails("import", "x.json", *options.split(), "-o", "out") == f"x.json: {rule}"
+
+
+@pytest.mark.parametrize("case", STRICT)
+def test_placement_files_are_read_strictly(epsim: Cli, case: str) -> None:
+    more, rule = STRICT[case]
+    Path("p.json").write_text(placement().to_json().replace("{", "{" + more, 1))
+    assert epsim.fails("export", "p.json", "--to", "exflow", "-o", "x.csv") == f"p.json: {rule}"
+    with pytest.raises(PlacementError) as error:
+        FromFile(path=Path("p.json")).place(problem())
+    assert str(error.value) == f"placement.path: p.json: {rule}"

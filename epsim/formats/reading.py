@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epsim import json_file
 from epsim.errors import FormatError
 from epsim.scenario.describe import show
 
@@ -34,9 +35,11 @@ def read_text(path: Path, noun: str) -> str:
 
 
 def parse_json(text: str, where: str, noun: str) -> Any:
-    """Return parsed JSON."""
+    """Return parsed JSON, in which no key is twice and no number NaN or infinite."""
     try:
-        return json.loads(text)
+        return json_file.parse_json(text)
+    except json_file.JsonContentError as error:
+        raise FormatError(f"{where}: {error}") from error
     except RecursionError as error:
         raise FormatError(f"{where}: is nested too deeply; write {noun}") from error
     except ValueError as error:

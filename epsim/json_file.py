@@ -1,0 +1,35 @@
+"""JSON that others wrote, read strictly: `parse_json`.
+
+A key that is there twice is an error, as are NaN and Infinity, which JSON does not have.
+"""
+
+import json
+from typing import Any, NoReturn
+
+
+class JsonContentError(ValueError):
+    """JSON that parses, and that nobody should have written; one line with what is wrong and the mend."""
+
+
+def parse_json(text: str) -> Any:
+    """Return parsed JSON; raises JsonContentError, ValueError (mostly JSONDecodeError) or RecursionError.
+
+    >>> parse_json('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    epsim.json_file.JsonContentError: "a" is there twice; write it once
+    """
+    return json.loads(text, object_pairs_hook=_mapping, parse_constant=_refuse_constant)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    holder = dict(pairs)
+    if len(holder) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = json.dumps(next(key for i, key in enumerate(keys) if key in keys[:i]))
+        shown = twice if len(twice) <= 60 else twice[:57] + "..."
+        raise JsonContentError(f"{shown} is there twice; write it once")
+    return holder
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise JsonContentError(f"{name} is not a number of JSON; write a finite one")
