@@ -1,14 +1,32 @@
-"""JSON that others wrote, read strictly: `parse_json`.
+"""JSON files that others wrote, read strictly: `read_regular`, `check_regular`, `parse_json`.
 
 A key that is there twice is an error, as are NaN and Infinity, which JSON does not have.
 """
 
+import errno
 import json
+import stat
+from pathlib import Path
 from typing import Any, NoReturn
 
 
 class JsonContentError(ValueError):
     """JSON that parses, and that nobody should have written; one line with what is wrong and the mend."""
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file; raises OSError, for a pipe or a device before it is opened."""
+    check_regular(path)
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for what is not there, and for pipes, devices and sockets, which could be waited for forever."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def parse_json(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -538,3 +539,37 @@ def test_placement_files_are_read_strictly(epsim: Cli, case: str) -> None:
     with pytest.raises(PlacementError) as error:
         FromFile(path=Path("p.json")).place(problem())
     assert str(error.value) == f"placement.path: p.json: {rule}"
+
+
+PIPES = [  # what would wait for ever, and the command that reads it
+    ("x.json", "--from sglang --devices 2"),
+    ("x.pt", "--from sglang --devices 2"),
+    ("x.yaml", "--from tensorrt-llm --devices 2"),
+    ("x.json", "--from vllm-ascend"),
+    ("x.csv", "--from exflow"),
+    ("x.json", "--from sglang-logical-count"),
+    ("x.jsonl", "--from vllm-routed-experts --num-experts 4"),
+    ("x.npz", "--from vllm-routed-experts --num-experts 4"),
+    ("stats/rank0.safetensors", "--from tensorrt-llm-stats"),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), PIPES)
+def test_a_pipe_is_not_opened(epsim: Cli, name: str, options: str) -> None:
+    Path("stats").mkdir()
+    Path("stats/meta_info.json").write_text('{"num_experts": 2, "num_experts_per_token": 1}')
+    os.mkfifo(name)
+    said = epsim.fails("import", Path(name).parts[0], *options.split(), "-o", "out")
+    assert said.startswith(f"{name}: cannot be read: it is not a regular file; write ")
+
+
+def test_a_pipe_is_no_placement(epsim: Cli) -> None:
+    os.mkfifo("pipe.json")
+    said = epsim.fails("export", "pipe.json", "--to", "exflow", "-o", "x.csv")
+    assert said == "pipe.json: cannot be read: it is not a regular file; write the path of a placement file"
+    with pytest.raises(PlacementError, match=r"^placement.path: cannot read pipe.json: it is not a regular file"):
+        FromFile(path=Path("pipe.json")).place(problem())
+    os.mkfifo("folder")
+    for source in ("tensorrt-llm-stats", "flame-moe"):
+        said = epsim.fails("import", "folder", "--from", source, "--num-experts", "4", "-o", "out")
+        assert said.startswith("folder: is not ")

@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 def read_bytes(path: Path, noun: str) -> bytes:
     """Return the content of a file; `noun` is what it should be."""
     try:
-        return path.read_bytes()
+        return json_file.read_regular(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}; write the path of {noun}") from error
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from epsim.atomic import whole_file, write_errors
 from epsim.errors import FormatError
+from epsim.json_file import check_regular
 
 
 def load_torch(path: Path, noun: str) -> Any:
@@ -25,6 +26,7 @@ def load_torch(path: Path, noun: str) -> Any:
     import torch
 
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return torch.load(file, weights_only=True, map_location="cpu")
     except OSError as error:
