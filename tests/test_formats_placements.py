@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import pickle
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -573,3 +575,12 @@ def test_a_pipe_is_no_placement(epsim: Cli) -> None:
     for source in ("tensorrt-llm-stats", "flame-moe"):
         said = epsim.fails("import", "folder", "--from", source, "--num-experts", "4", "-o", "out")
         assert said.startswith("folder: is not ")
+
+
+def test_torch_does_not_warn_beside_the_line(epsim: Cli) -> None:
+    Path("x.pt").write_bytes(pickle.dumps({"physical_to_logical_map": EVEN}, protocol=4))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        said = epsim.fails("import", "x.pt", "--from", "sglang", "--devices", "2", "-o", "out")
+    assert said.startswith("x.pt: is no file of torch.save")
+    assert not warned
