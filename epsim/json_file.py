@@ -1,6 +1,6 @@
-"""JSON files that others wrote, read strictly: `read_regular`, `check_regular`, `parse_json`.
+"""JSON files that others wrote, read strictly: `read_regular`, `check_regular`, `decode_text`, `parse_json`.
 
-A key that is there twice is an error, as are NaN and Infinity, which JSON does not have.
+A key that is there twice is an error, as are NaN and Infinity, which JSON does not have; a byte-order mark is not.
 """
 
 import errno
@@ -27,6 +27,11 @@ def check_regular(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def decode_text(content: bytes) -> str:
+    """Return text from UTF-8, with a byte-order mark or without; raises UnicodeDecodeError."""
+    return content.decode("utf-8-sig")
 
 
 def parse_json(text: str) -> Any:

@@ -584,3 +584,31 @@ def test_torch_does_not_warn_beside_the_line(epsim: Cli) -> None:
         said = epsim.fails("import", "x.pt", "--from", "sglang", "--devices", "2", "-o", "out")
     assert said.startswith("x.pt: is no file of torch.save")
     assert not warned
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options"),
+    [
+        *(("x.json", text.format(""), options) for text, options in JSON_FILES.values()),
+        ("x.jsonl", JSON_FILES["responses"][0].format("") + "\n", JSON_FILES["responses"][1]),
+        ("x.yaml", trt(), "--from tensorrt-llm --devices 2"),
+        ("x.csv", "Expert,Node\n0,0\n1,1\n", "--from exflow --num-experts 2"),
+    ],
+)
+def test_a_byte_order_mark_is_no_content(epsim: Cli, name: str, text: str, options: str) -> None:
+    Path(name).write_text(text)
+    epsim.ok("import", name, *options.split(), "-o", "without")
+    Path(name).write_bytes(BOM + text.encode())
+    epsim.ok("import", name, *options.split(), "-o", "with")
+    assert Path("with").read_bytes() == Path("without").read_bytes()
+
+
+def test_a_byte_order_mark_in_a_placement_file(epsim: Cli) -> None:
+    here = problem()
+    own = placement(EVEN, layer_ids=tuple(range(here.num_layers)))
+    Path("own.json").write_bytes(BOM + own.to_json().encode())
+    assert read_placement_file(Path("own.json")) == own
+    assert FromFile(path=Path("own.json")).place(here).physical_to_logical_LP.tolist() == EVEN

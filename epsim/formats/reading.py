@@ -27,9 +27,9 @@ def read_bytes(path: Path, noun: str) -> bytes:
 
 
 def read_text(path: Path, noun: str) -> str:
-    """Return the content of a text file in UTF-8."""
+    """Return the content of a text file in UTF-8, without its byte-order mark if it has one."""
     try:
-        return read_bytes(path, noun).decode("utf-8")
+        return json_file.decode_text(read_bytes(path, noun))
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: is not a text file in UTF-8; write the path of {noun}") from error
 

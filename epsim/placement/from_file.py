@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from epsim.errors import PlacementError
-from epsim.json_file import JsonContentError, parse_json, read_regular
+from epsim.json_file import JsonContentError, decode_text, parse_json, read_regular
 from epsim.placement.file import is_placement_file, parse_placement_file, ranges
 from epsim.placement.placement import Placement
 from epsim.placement.problem import PlacementProblem
@@ -68,7 +68,7 @@ class FromFile:
 
     def _read(self) -> Any:
         try:
-            return parse_json(read_regular(self.path).decode("utf-8"))
+            return parse_json(decode_text(read_regular(self.path)))
         except OSError as error:
             raise PlacementError(f"placement.path: cannot read {self.path}: {error.strerror}") from error
         except JsonContentError as error:
