@@ -70,7 +70,9 @@ class FromFile:
         try:
             return parse_json(decode_text(read_regular(self.path)))
         except OSError as error:
-            raise PlacementError(f"placement.path: cannot read {self.path}: {error.strerror}") from error
+            raise PlacementError(
+                f"placement.path: cannot read {self.path}: {error.strerror}; write the path of a placement file"
+            ) from error
         except JsonContentError as error:
             raise PlacementError(f"placement.path: {self.path}: {error}") from error
         except (ValueError, RecursionError) as error:
