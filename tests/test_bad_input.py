@@ -475,7 +475,8 @@ def test_placement_file(name: str, folder: Path, complaint: Complaint) -> None:
 
 def test_placement_file_is_missing(complaint: Complaint) -> None:
     command = ("simulate", "tiny.yaml", "--out", "out", "--set", "placement={policy: file, path: p.json}")
-    assert complaint(*command) == "placement.path: cannot read p.json: No such file or directory"
+    said = "placement.path: cannot read p.json: No such file or directory; write the path of a placement file"
+    assert complaint(*command) == said
     assert complaint(*command[:-1], "placement.policy=file") == "placement.path: is missing; write it"
 
 

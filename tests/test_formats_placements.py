@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import pickle
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -495,3 +498,117 @@ def test_a_list_of_layers() -> None:
 def test_placement_file_in_code_is_checked() -> None:
     with pytest.raises(PlacementError, match="is not a JSON object"):
         parse_placement_file([])
+
+
+# What JSON readers refuse and take alike. {0} is put behind the opening brace of a file that is good without it.
+JSON_FILES = {
+    "sglang": ('{{{0}"physical_to_logical_map": [[0, 1]]}}', "--from sglang --devices 2"),
+    "vllm-ascend": (
+        '{{{0}"moe_layer_count": 1, "layer_list": [{{"layer_id": 0, "device_count": 2, "device_list": ['
+        '{{"device_id": 0, "device_expert": [0]}}, {{"device_id": 1, "device_expert": [1]}}]}}]}}',
+        "--from vllm-ascend",
+    ),
+    "loads": ('{{{0}"logical_count": [[1, 2]]}}', "--from sglang-logical-count"),
+    "responses": (
+        '{{{0}"prompt_token_ids": [5], "choices": [{{"routed_experts": [[[0]]], "token_ids": [6]}}]}}',
+        "--from vllm-routed-experts --num-experts 2",
+    ),
+}
+STRICT = {
+    "twice": ('"k": [1], "k": [1], ', '"k" is there twice; write it once'),
+    "in another key": ('"k": {"a": 1, "b\\n": 1, "b\\n": 2}, ', '"b\\n" is there twice; write it once'),
+    "NaN": ('"k": NaN, ', "NaN is not a number of JSON; write a finite one"),
+    "Infinity": ('"k": [-Infinity], ', "-Infinity is not a number of JSON; write a finite one"),
+}
+
+
+@pytest.mark.parametrize("case", STRICT)
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_is_read_strictly(epsim: Cli, name: str, case: str) -> None:
+    text, options = JSON_FILES[name]
+    more, rule = STRICT[case]
+    Path("x.json").write_text(text.format(""))
+    epsim.ok("import", "x.json", *options.split(), "-o", "out")
+    Path("x.json").write_text(text.format(more))
+    assert epsim.fails("import", "x.json", *options.split(), "-o", "out") == f"x.json: {rule}"
+
+
+@pytest.mark.parametrize("case", STRICT)
+def test_placement_files_are_read_strictly(epsim: Cli, case: str) -> None:
+    more, rule = STRICT[case]
+    Path("p.json").write_text(placement().to_json().replace("{", "{" + more, 1))
+    assert epsim.fails("export", "p.json", "--to", "exflow", "-o", "x.csv") == f"p.json: {rule}"
+    with pytest.raises(PlacementError) as error:
+        FromFile(path=Path("p.json")).place(problem())
+    assert str(error.value) == f"placement.path: p.json: {rule}"
+
+
+PIPES = [  # what would wait for ever, and the command that reads it
+    ("x.json", "--from sglang --devices 2"),
+    ("x.pt", "--from sglang --devices 2"),
+    ("x.yaml", "--from tensorrt-llm --devices 2"),
+    ("x.json", "--from vllm-ascend"),
+    ("x.csv", "--from exflow"),
+    ("x.json", "--from sglang-logical-count"),
+    ("x.jsonl", "--from vllm-routed-experts --num-experts 4"),
+    ("x.npz", "--from vllm-routed-experts --num-experts 4"),
+    ("stats/rank0.safetensors", "--from tensorrt-llm-stats"),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), PIPES)
+def test_a_pipe_is_not_opened(epsim: Cli, name: str, options: str) -> None:
+    Path("stats").mkdir()
+    Path("stats/meta_info.json").write_text('{"num_experts": 2, "num_experts_per_token": 1}')
+    os.mkfifo(name)
+    said = epsim.fails("import", Path(name).parts[0], *options.split(), "-o", "out")
+    assert said.startswith(f"{name}: cannot be read: it is not a regular file; write ")
+
+
+def test_a_pipe_is_no_placement(epsim: Cli) -> None:
+    os.mkfifo("pipe.json")
+    said = epsim.fails("export", "pipe.json", "--to", "exflow", "-o", "x.csv")
+    assert said == "pipe.json: cannot be read: it is not a regular file; write the path of a placement file"
+    with pytest.raises(PlacementError, match=r"^placement.path: cannot read pipe.json: it is not a regular file"):
+        FromFile(path=Path("pipe.json")).place(problem())
+    os.mkfifo("folder")
+    for source in ("tensorrt-llm-stats", "flame-moe"):
+        said = epsim.fails("import", "folder", "--from", source, "--num-experts", "4", "-o", "out")
+        assert said.startswith("folder: is not ")
+
+
+def test_torch_does_not_warn_beside_the_line(epsim: Cli) -> None:
+    Path("x.pt").write_bytes(pickle.dumps({"physical_to_logical_map": EVEN}, protocol=4))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        said = epsim.fails("import", "x.pt", "--from", "sglang", "--devices", "2", "-o", "out")
+    assert said.startswith("x.pt: is no file of torch.save")
+    assert not warned
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options"),
+    [
+        *(("x.json", text.format(""), options) for text, options in JSON_FILES.values()),
+        ("x.jsonl", JSON_FILES["responses"][0].format("") + "\n", JSON_FILES["responses"][1]),
+        ("x.yaml", trt(), "--from tensorrt-llm --devices 2"),
+        ("x.csv", "Expert,Node\n0,0\n1,1\n", "--from exflow --num-experts 2"),
+    ],
+)
+def test_a_byte_order_mark_is_no_content(epsim: Cli, name: str, text: str, options: str) -> None:
+    Path(name).write_text(text)
+    epsim.ok("import", name, *options.split(), "-o", "without")
+    Path(name).write_bytes(BOM + text.encode())
+    epsim.ok("import", name, *options.split(), "-o", "with")
+    assert Path("with").read_bytes() == Path("without").read_bytes()
+
+
+def test_a_byte_order_mark_in_a_placement_file(epsim: Cli) -> None:
+    here = problem()
+    own = placement(EVEN, layer_ids=tuple(range(here.num_layers)))
+    Path("own.json").write_bytes(BOM + own.to_json().encode())
+    assert read_placement_file(Path("own.json")) == own
+    assert FromFile(path=Path("own.json")).place(here).physical_to_logical_LP.tolist() == EVEN

@@ -432,6 +432,10 @@ VLLM_DAMAGE: list[tuple[Change, str]] = [
     (setting("usage", "prompt_tokens", 3), "usage.prompt_tokens: 3 tokens, prompt_token_ids has 2"),
     (setting("prompt_token_ids", ["a"]), 'prompt_token_ids[0]: "a" is not a whole number'),
     (setting("prompt_routed_experts", [[[0]], [[1]]]), "has [layer][expert] [2, 2], prompt_routed_experts [1, 1]"),
+    (
+        lambda content: content["choices"][0].update(prompt_routed_experts=ROWS[:2]),
+        "choices[0]: prompt_routed_experts: stands in a choice; write it in the response, beside the choices",
+    ),
     (lambda content: [content.pop(key) for key in ("prompt_token_ids", "usage")] and None, "how long the prompt is"),
 ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from epsim import json_file
 from epsim.errors import FormatError
 from epsim.scenario.describe import show
 
@@ -20,23 +21,25 @@ Ints = NDArray[np.int64]
 def read_bytes(path: Path, noun: str) -> bytes:
     """Return the content of a file; `noun` is what it should be."""
     try:
-        return path.read_bytes()
+        return json_file.read_regular(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}; write the path of {noun}") from error
 
 
 def read_text(path: Path, noun: str) -> str:
-    """Return the content of a text file in UTF-8."""
+    """Return the content of a text file in UTF-8, without its byte-order mark if it has one."""
     try:
-        return read_bytes(path, noun).decode("utf-8")
+        return json_file.decode_text(read_bytes(path, noun))
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: is not a text file in UTF-8; write the path of {noun}") from error
 
 
 def parse_json(text: str, where: str, noun: str) -> Any:
-    """Return parsed JSON."""
+    """Return parsed JSON, in which no key is twice and no number NaN or infinite."""
     try:
-        return json.loads(text)
+        return json_file.parse_json(text)
+    except json_file.JsonContentError as error:
+        raise FormatError(f"{where}: {error}") from error
     except RecursionError as error:
         raise FormatError(f"{where}: is nested too deeply; write {noun}") from error
     except ValueError as error:

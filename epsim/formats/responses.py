@@ -11,6 +11,7 @@ import numpy as np
 
 from epsim.errors import FormatError
 from epsim.formats.reading import Ints, in_range, ints, mapping, parse_json, read_json, read_text, whole
+from epsim.json_file import check_regular
 from epsim.scenario.describe import show
 
 # What NumPy raises of a damaged .npy or .npz file, or one with Python objects in it.
@@ -49,6 +50,7 @@ def read_responses(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of an .npz file; one with Python objects in it is refused."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             content = np.load(file, allow_pickle=False)
             return {name: content[name] for name in content.files}

@@ -15,6 +15,7 @@ from epsim.errors import FormatError
 from epsim.formats.loads_file import Loads
 from epsim.formats.options import Options, check_experts, check_layer_ids, check_topk
 from epsim.formats.reading import Ints, field, in_range, ints, mapping, read_json, whole
+from epsim.json_file import check_regular
 from epsim.scenario.describe import show
 
 NAME = "tensorrt-llm-stats"
@@ -97,6 +98,7 @@ def _tensors(path: Path) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
     try:
+        check_regular(path)
         return dict(load_file(path))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}; write the path of {_NOUN}") from error

@@ -3,6 +3,7 @@
 torch is imported here alone, and only when such a file is asked for.
 """
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from epsim.atomic import whole_file, write_errors
 from epsim.errors import FormatError
+from epsim.json_file import check_regular
 
 
 def load_torch(path: Path, noun: str) -> Any:
@@ -25,7 +27,9 @@ def load_torch(path: Path, noun: str) -> Any:
     import torch
 
     try:
-        with path.open("rb") as file:
+        check_regular(path)
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's on raw pickles, beside the line that says the same
             return torch.load(file, weights_only=True, map_location="cpu")
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}; write the path of {noun}") from error

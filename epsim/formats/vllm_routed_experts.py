@@ -80,6 +80,10 @@ def _requests(response: dict[str, Any], where: str) -> Iterator[tuple[RoutedRequ
     for c, choice in enumerate(choices):
         place = where if choice is response else f"{where}: choices[{c}]"
         holder = mapping(choice, place, "a choice (a JSON object)")
+        if choice is not response and holder.get("prompt_routed_experts") is not None:
+            raise FormatError(
+                f"{place}: prompt_routed_experts: stands in a choice; write it in the response, beside the choices"
+            )
         routed = holder.get("routed_experts")
         if routed is None and prompt_TLK is None:
             raise FormatError(f"{place}: routed_experts: is missing; serve with --enable-return-routed-experts")

@@ -16,6 +16,7 @@ import numpy as np
 
 from epsim.atomic import whole_file, write_errors
 from epsim.errors import PlacementError
+from epsim.json_file import JsonContentError, decode_text, parse_json, read_regular
 from epsim.placement.placement import IntArray
 
 FORMAT = "epsim-placement"
@@ -184,9 +185,11 @@ def parse_placement_file(content: object) -> PlacementFile:
 def read_placement_file(path: Path) -> PlacementFile:
     """Return the placement in an epsim placement file; raises PlacementError, one line with file and field."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(decode_text(read_regular(path)))
     except OSError as error:
         raise PlacementError(f"{path}: cannot be read: {error.strerror}; write the path of a placement file") from error
+    except JsonContentError as error:
+        raise PlacementError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise PlacementError(f"{path}: is not JSON; write the path of an epsim placement file") from error
     try:

@@ -1,12 +1,12 @@
 """`FromFile`: a placement that someone else decided, read from epsim's own placement file or SGLang's JSON form."""
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from epsim.errors import PlacementError
+from epsim.json_file import JsonContentError, decode_text, parse_json, read_regular
 from epsim.placement.file import is_placement_file, parse_placement_file, ranges
 from epsim.placement.placement import Placement
 from epsim.placement.problem import PlacementProblem
@@ -68,9 +68,13 @@ class FromFile:
 
     def _read(self) -> Any:
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
+            return parse_json(decode_text(read_regular(self.path)))
         except OSError as error:
-            raise PlacementError(f"placement.path: cannot read {self.path}: {error.strerror}") from error
+            raise PlacementError(
+                f"placement.path: cannot read {self.path}: {error.strerror}; write the path of a placement file"
+            ) from error
+        except JsonContentError as error:
+            raise PlacementError(f"placement.path: {self.path}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise PlacementError(f"placement.path: {self.path} is not JSON; write {_FORM}") from error
 
