@@ -1,5 +1,6 @@
 """Captures of small random models of every backbone: the picks, the rows, the file, and what happens on the way."""
 
+import os
 import signal
 import threading
 import time
@@ -349,11 +350,42 @@ def test_an_interrupt_at_any_moment_loses_no_wake_up(tmp_path: Path) -> None:
                     while True:
                         stream.put(records[1])
             assert stream is not None
-            assert not stream._thread.is_alive()
+            assert stream._has_ended
     finally:
         signal.alarm(0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_an_interrupt_while_it_ends_is_raised_when_all_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing the file under a thread that still writes can block for ever."""
+    written, write = [], TraceStream._write
+
+    def write_slowly(stream: TraceStream, item: Any) -> None:
+        time.sleep(0.2)  # the main thread waits for the end by now
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        write(stream, item)
+        written.append(item)
+
+    def raise_in_main(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    model = small_model("olmoe")
+    monkeypatch.setattr(TraceStream, "_write", write_slowly)
+    before = signal.signal(signal.SIGUSR1, raise_in_main)
+    try:
+        with (
+            TraceWriter(tmp_path / "t.arrow", meta_of(model)) as writer,
+            pytest.raises(KeyboardInterrupt),
+            TraceStream(writer) as stream,
+        ):
+            stream.put(pass_record(model, 0, Phase.PREFILL))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(written) == 1
 
 
 def pass_record(model: MoeModel, request_id: int, phase: Phase) -> PassRecord:

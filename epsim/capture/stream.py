@@ -9,6 +9,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,8 @@ class TraceStream:
         self._copy_stream: torch.cuda.Stream | None = None
         self._held: list[RoutingTrace] = []
         self._failure: BaseException | None = None
+        self._has_ended = False
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="trace writer", daemon=True)
 
     def __enter__(self) -> "TraceStream":
@@ -98,10 +101,12 @@ class TraceStream:
     def _finish(self) -> KeyboardInterrupt | None:
         """Wait until the thread has written all, for it must not go on when the file is closed; return a Ctrl-C."""
         interrupt = None
-        while self._thread.is_alive():
+        # Not `Thread.join`: before Python 3.13 a Ctrl-C in it can make a thread that goes on count as ended.
+        while not self._has_ended:
             try:
                 self._queue.put(None)
-                self._thread.join()
+                with suppress(queue.Empty):
+                    self._ended.get(timeout=0.1)
             except KeyboardInterrupt as error:
                 interrupt = error
         return interrupt
@@ -131,6 +136,8 @@ class TraceStream:
                 self._failure = error
             finally:
                 self._free_slots.put(item.slot)
+        self._has_ended = True
+        self._ended.put(None)
 
     def _write(self, item: "_OnItsWay") -> None:
         if item.copied is not None:
