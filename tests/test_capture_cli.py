@@ -258,6 +258,7 @@ def test_an_interrupt_leaves_what_was_done(signals: tuple[signal.Signals, ...], 
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1", "COLUMNS": "120"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
     ) as process:
         assert process.stderr is not None
         said = ""
