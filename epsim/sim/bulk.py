@@ -1,7 +1,9 @@
-"""Bytes between devices that do nothing else meanwhile: `bulk_plan`, a step of transfers alone.
+"""Steps without work: `idle_plan`, in which nothing happens, and `bulk_plan`, of transfers alone.
 
 Letters: R devices (sender, then receiver).
 """
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,9 +18,16 @@ def bulk_plan(bytes_RR: Floats, cluster: Cluster) -> StepPlan:
     They travel as KV caches do, over the routes of the cluster with contention: `StepResult.kv_end_s` is when the last
     has arrived, and what messages cost the two ends is counted. bytes_RR: float64 [R, R], 0 on the diagonal.
     """
-    num_devices, num_nodes = cluster.num_devices, cluster.num_nodes
+    num_devices = cluster.num_devices
     if bytes_RR.shape != (num_devices, num_devices) or bytes_RR.diagonal().any():
         raise ValueError(f"bytes_RR must have the shape ({num_devices}, {num_devices}) and zeros on its diagonal")
+    idle = idle_plan(cluster)
+    return replace(idle, kv_bytes_LRR=bytes_RR[None], message_costs=MessageCosts.of(cluster))
+
+
+def idle_plan(cluster: Cluster) -> StepPlan:
+    """Return the step of one layer, in mode sync, in which no device computes or sends anything."""
+    num_devices, num_nodes = cluster.num_devices, cluster.num_nodes
     none_R, none_LR = np.zeros(num_devices), np.zeros((1, num_devices))
     none_LCRR, none_LCRN = np.zeros((1, 1, num_devices, num_devices)), np.zeros((1, 1, num_devices, num_nodes))
     return StepPlan(
@@ -43,7 +52,6 @@ def bulk_plan(bytes_RR: Floats, cluster: Cluster) -> StepPlan:
         node_combine_bytes_LCRN=none_LCRN,
         gateway_RN=None,
         node_of_device_R=cluster.node_of_device_R.astype(np.int32),
-        kv_bytes_LRR=bytes_RR[None],
+        kv_bytes_LRR=np.zeros((1, num_devices, num_devices)),
         overlap_kv=False,
-        message_costs=MessageCosts.of(cluster),
     )

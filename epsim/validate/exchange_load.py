@@ -5,13 +5,14 @@ link is the least time that the exchange can take, and what the engines give whe
 Letters: R devices (source, destination), N nodes, X links.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from epsim.cluster import Cluster
 from epsim.sim import StepPlan, simulate_step
+from epsim.sim.bulk import idle_plan
 from epsim.traffic import MessageFormat
 from epsim.validate.exchange_routing import Exchange
 
@@ -80,36 +81,8 @@ def _latency_s(cluster: Cluster, bytes_RR: Floats, through_gateway: bool) -> flo
 
 def exchange_plan(cluster: Cluster, bytes_RR: Floats, bytes_RN: Floats | None = None) -> StepPlan:
     """Return a step of one layer that only sends these bytes, as a dispatch in mode sync."""
-    devices, nodes = cluster.num_devices, cluster.num_nodes
-    node_R = cluster.node_of_device_R.astype(np.int32)
-    none_R, none_LR, none_LRR = np.zeros(devices), np.zeros((1, devices)), np.zeros((1, devices, devices))
-    none_LCRR, out_LCRN = np.zeros((1, 1, devices, devices)), np.zeros((1, 1, devices, nodes))
-    gateway_RN = None
-    if bytes_RN is not None:
-        out_LCRN = (bytes_RN * (node_R[:, None] != np.arange(nodes)))[None, None]
-        gateway_RN = cluster.gateway_RN
-    return StepPlan(
-        mode="sync",
-        attention_s_LR=none_LR,
-        dense_ffn_s_LR=none_LR,
-        router_s_LR=none_LR,
-        home_experts_s_LR=none_LR,
-        shared_s_LR=none_LR,
-        host_s_LR=none_LR,
-        copy_s_LR=none_LR,
-        pack_s_LR=none_LR,
-        reduce_s_LR=none_LR,
-        experts_s_LR=none_LR,
-        local_s_LR=none_LR,
-        vision_s_R=none_R,
-        head_s_R=none_R,
-        remote_s_LCRR=none_LCRR,
-        dispatch_bytes_LCRR=(bytes_RR * (1.0 - np.eye(devices)))[None, None],
-        combine_bytes_LCRR=none_LCRR,
-        node_dispatch_bytes_LCRN=out_LCRN,
-        node_combine_bytes_LCRN=np.zeros_like(out_LCRN),
-        gateway_RN=gateway_RN,
-        node_of_device_R=node_R,
-        kv_bytes_LRR=none_LRR,
-        overlap_kv=False,
-    )
+    plan = replace(idle_plan(cluster), dispatch_bytes_LCRR=(bytes_RR * (1.0 - np.eye(cluster.num_devices)))[None, None])
+    if bytes_RN is None:
+        return plan
+    elsewhere_RN = plan.node_of_device_R[:, None] != np.arange(cluster.num_nodes)
+    return replace(plan, node_dispatch_bytes_LCRN=(bytes_RN * elsewhere_RN)[None, None], gateway_RN=cluster.gateway_RN)
