@@ -80,8 +80,15 @@ def assemble(spec: ScenarioSpec) -> Deployment:
     """Build model, cluster, trace, and layout of a scenario, and check that they fit together."""
     model, cluster = model_and_cluster(spec)
     trace, load_MLE = checked_trace(spec.trace, model, spec.workload)
+    return deploy(spec, model, cluster, trace, fit_layout(spec, model, cluster, trace, load_MLE))
+
+
+def fit_layout(
+    spec: ScenarioSpec, model: ModelCard, cluster: Cluster, trace: TraceSource, load_MLE: npt.NDArray[np.int64]
+) -> Layout:
+    """Return the layout that a scenario's policy makes of a trace and its loads."""
     problem = build_problem(spec, model, cluster, trace, load_MLE)
-    return deploy(spec, model, cluster, trace, lay_out(spec, model, make_policy(spec.placement), problem))
+    return lay_out(spec, model, make_policy(spec.placement), problem)
 
 
 def build_problem(

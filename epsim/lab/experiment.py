@@ -69,13 +69,8 @@ def count_steps(question: Question, chosen: Chosen, design: Design) -> int:
 
 
 def _steps(question: Question, requests: RequestTable, places: Any) -> int:
-    decode_Q, most = requests.num_decode_tokens_Q[places], question.spec.workload.max_output_tokens
-    steps = 0
-    for size in question.spec.workload.batch_sizes:
-        for batch in range(question.num_batches(size, len(places))):
-            longest = int(decode_Q[batch * size : (batch + 1) * size].max())
-            steps += 1 + (longest if most is None else min(longest, most - 1))
-    return steps
+    decode_Q = requests.num_decode_tokens_Q[places]
+    return sum(question.num_steps(size, decode_Q) for size in question.spec.workload.batch_sizes)
 
 
 def compare_policies(

@@ -68,6 +68,16 @@ class Question:
         full = num_requests // batch_size
         return full if self.most_batches is None else min(full, self.most_batches)
 
+    def num_steps(self, batch_size: int, decode_Q: npt.NDArray[np.integer]) -> int:
+        """Return the steps of these batches: a prefill each, and as many decode steps as its longest request has.
+
+        decode_Q: the decode tokens of the requests, in their order.
+        """
+        most, size = self.spec.workload.max_output_tokens, batch_size
+        batches = range(self.num_batches(size, len(decode_Q)))
+        longest = [int(decode_Q[batch * size : (batch + 1) * size].max()) for batch in batches]
+        return sum(1 + (one if most is None else min(one, most - 1)) for one in longest)
+
 
 def ask(
     trace: Path,

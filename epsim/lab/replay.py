@@ -11,15 +11,13 @@ from statistics import fmean, median
 from typing import Any
 
 from epsim.errors import InputError, ScenarioError
-from epsim.fitting import make_policy
 from epsim.lab.experiment import about
 from epsim.lab.question import Choice, Chosen, Question
 from epsim.lab.serving import Schedule, Served, Server
 from epsim.layout import Layout
 from epsim.metrics import RequestRecord, StepRecord, balancedness
-from epsim.parallelism import lay_out
 from epsim.placement.predicted_time import PredictedTime
-from epsim.run import build_problem
+from epsim.run import fit_layout
 from epsim.trace import RoutingTrace
 from epsim.trace.statistics import expert_load
 
@@ -91,17 +89,13 @@ class Parts:
     @property
     def num_steps(self) -> int:
         """Steps of all batches: a prefill each, and as many decode steps as its longest request has."""
-        workload, size = self.question.spec.workload, self.batch_size
         decode_Q = self.question.trace.requests.num_decode_tokens_Q[self.num_fit :]
-        longest = [int(decode_Q[batch * size : (batch + 1) * size].max()) for batch in range(self.num_batches)]
-        most = workload.max_output_tokens
-        return sum(1 + (one if most is None else min(one, most - 1)) for one in longest)
+        return self.question.num_steps(self.batch_size, decode_Q)
 
     def lay_out(self, choice: Choice) -> Layout:
         """Return what a policy makes of the first part."""
         question, rows = self.question, self.fit
-        problem = build_problem(choice.spec, question.model, question.cluster, rows, expert_load(rows))
-        return lay_out(choice.spec, question.model, make_policy(choice.spec.placement), problem)
+        return fit_layout(choice.spec, question.model, question.cluster, rows, expert_load(rows))
 
     def serve(self, choice: Choice, first: Layout, schedule: Schedule | None, advance: Advance) -> Served:
         """Serve the second part."""

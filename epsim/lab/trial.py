@@ -23,7 +23,7 @@ from epsim.parallelism import lay_out
 from epsim.placement import FitTokens, PlacementProblem
 from epsim.placement.bounds import gap, max_load_bound_L, transfer_bound_L
 from epsim.placement.predicted_time import PredictedTime
-from epsim.run import build_problem, build_transmission, deploy, replay
+from epsim.run import build_problem, build_transmission, deploy, fit_layout, replay
 from epsim.scenario import ScenarioSpec
 from epsim.trace import RoutingTrace
 from epsim.trace.statistics import expert_load
@@ -137,8 +137,7 @@ def run_trial(
 
 def fit_to_all(question: Question, choice: Choice) -> Layout:
     """Return the layout that the policy makes of all requests of the trace."""
-    problem = build_problem(choice.spec, question.model, question.cluster, question.trace, question.load_MLE)
-    return lay_out(choice.spec, question.model, make_policy(choice.spec.placement), problem)
+    return fit_layout(choice.spec, question.model, question.cluster, question.trace, question.load_MLE)
 
 
 def replica_bytes(layout: Layout, expert_bytes: float) -> float:
